@@ -1,0 +1,210 @@
+"""`build`: corpus -> plan -> for every missing shard: windows -> scores -> rows -> shard; then the manifest.
+
+The plan is static and every shard is an idempotent job, so the same call resumes whatever an interruption left.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cache_builder.corpus import read_corpus
+from cache_builder.engines import choose_engine, make_engine
+from cache_builder.engines.base import Engine, EngineConfig
+from cache_builder.progress import Progress, Work
+from cache_builder.rows import Cutter, cached_document
+from cache_builder.teacher import Teacher, find_teacher
+from storage_specs.document import KINDS, CachedDocument, Document
+from storage_specs.errors import ConfigError
+from storage_specs.manifest import Manifest
+from storage_specs.plan import make_plan
+from storage_specs.vocabulary import Vocabulary, special_roles, token_bytes
+from storage_specs.writer import CacheSettings, CacheWriter
+
+DEFAULT_K_IDS = 16
+LONGEST_DEFAULT_WINDOW = 4096  # keeps the logits of a window in memory (4 GB of float32 at 262,144 words)
+STORES = ("zarr", "arrow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """Everything that a build is told; the flags of `cache-builder build` by the same names.
+
+    k_ids None: 16, or k where that is less. max_model_len None: the model's own, at most 4,096 tokens.
+    window_overlap None: an eighth of max_model_len, in tokens. engine_arguments: passed through to vLLM.
+    """
+
+    teacher: str
+    corpus: str
+    output: Path
+    k: int = 64
+    k_ids: int | None = None
+    engine: str = "auto"
+    dtype: str = "auto"
+    revision: str | None = None
+    tokenizer: str | None = None
+    bos_token: str | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    max_model_len: int | None = None
+    window_overlap: int | None = None
+    store: str = "zarr"
+    documents_per_shard: int = 256
+    kind: str = "auto"
+    split: str = "train"
+    subset: str | None = None
+    max_documents: int | None = None
+    min_bytes: int = 0
+    engine_arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("k", "documents_per_shard", "max_documents", "max_model_len", "window_overlap"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}, but must be at least 1")
+        if self.min_bytes < 0:
+            raise ConfigError(f"min_bytes is {self.min_bytes}, but must not be negative")
+        if not 0 <= self.ids_kept <= self.k:
+            raise ConfigError(f"k_ids is {self.k_ids}, but must be from 0 to k, which is {self.k}")
+        if self.store not in STORES:
+            raise ConfigError(f"store is {self.store!r}, but must be {' or '.join(STORES)}")
+
+    @property
+    def ids_kept(self) -> int:
+        """k_ids, resolved."""
+        return min(DEFAULT_K_IDS, self.k) if self.k_ids is None else self.k_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildReport:
+    """What one call did; a resumed build did only part of what the manifest counts."""
+
+    manifest: Manifest
+    shards_written: int
+    work: Work
+    seconds: float
+
+
+def build(config: BuildConfig) -> BuildReport:
+    """Build, resume or confirm the cache at `config.output`.
+
+    The teacher's weights are loaded only if a shard is missing. Raises CorpusError, ConfigError, TokenizerError,
+    ChatTemplateError, EngineError, CacheMismatchError, OutputFolderError, StorageFullError; finished shards are kept.
+    """
+    started = time.monotonic()
+    documents = list(
+        read_corpus(
+            config.corpus,
+            kind=config.kind,
+            split=config.split,
+            subset=config.subset,
+            max_documents=config.max_documents,
+            min_bytes=config.min_bytes,
+        )
+    )
+    teacher = find_teacher(
+        config.teacher,
+        revision=config.revision,
+        dtype=config.dtype,
+        tokenizer=config.tokenizer,
+        chat_template_file=config.chat_template,
+        weightless=config.engine_arguments.get("load_format") == "dummy",
+    )
+    engine = _engine(config, teacher)
+    cutter = _cutter(config, teacher, engine.config)
+    _rehearse(cutter, documents)
+    settings = _settings(config, teacher, engine, cutter, has_chats=any(item.kind == "chat" for item in documents))
+    plan = make_plan(documents, config.documents_per_shard)
+    writer = CacheWriter(config.output, settings, plan)
+    missing = writer.missing_shards()
+    jobs = [(shard, [documents[number] for number in plan.shards[shard]]) for shard in missing]
+    work = Work()
+    with Progress(sum(len(document.text) for _, shard in jobs for document in shard)) as progress:
+        for shard, members in jobs:
+            writer.write_shard(shard, score_documents(members, engine, cutter, config.ids_kept, work, progress))
+    return BuildReport(
+        manifest=writer.finalize(), shards_written=len(missing), work=work, seconds=time.monotonic() - started
+    )
+
+
+def score_documents(
+    documents: Sequence[Document], engine: Engine, cutter: Cutter, k_ids: int, work: Work, progress: Progress
+) -> list[CachedDocument]:
+    """One shard's documents with their rows. `work` and `progress` are told of every window."""
+    windows = [cutter.windows(document) for document in documents]
+    scores = iter(engine.score([window for cut in windows for window in cut]))
+    cached = []
+    for document, cut in zip(documents, windows, strict=True):
+        work.windows_cut += max(0, len(cut) - 1)
+        of_document = []
+        for window in cut:
+            of_document.append(next(scores))
+            work.tokens += len(window.ids)
+            progress.tokens(len(window.ids))
+        progress.document_done(document)
+        cached.append(cached_document(document, cut, of_document, engine.config.k, k_ids))
+    return cached
+
+
+def _engine(config: BuildConfig, teacher: Teacher) -> Engine:
+    longest = config.max_model_len or min(teacher.max_positions or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
+    if teacher.max_positions and longest > teacher.max_positions:
+        raise ConfigError(f"max_model_len is {longest}, but the teacher takes at most {teacher.max_positions} tokens")
+    return make_engine(
+        choose_engine(config.engine),
+        EngineConfig(
+            model=str(teacher.folder),
+            dtype=teacher.dtype,
+            max_model_len=longest,
+            k=config.k,
+            vocab_size=teacher.vocab_size,
+            arguments=config.engine_arguments,
+        ),
+    )
+
+
+def _cutter(config: BuildConfig, teacher: Teacher, engine_config: EngineConfig) -> Cutter:
+    return Cutter(
+        tokenizer=teacher.tokenizer,
+        chat_template=teacher.chat_template,
+        chat_template_kwargs=config.chat_template_kwargs,
+        bos_token=config.bos_token,
+        capacity=engine_config.capacity,
+        overlap=config.window_overlap or max(1, engine_config.max_model_len // 8),
+    )
+
+
+def _rehearse(cutter: Cutter, documents: Sequence[Document]) -> None:
+    """Cut the first document of each kind, so that a wrong template or window fails before the folder is claimed."""
+    for kind in KINDS:
+        for document in documents:
+            if document.kind == kind:
+                cutter.windows(document)
+                break
+
+
+def _settings(
+    config: BuildConfig, teacher: Teacher, engine: Engine, cutter: Cutter, *, has_chats: bool
+) -> CacheSettings:
+    vocabulary = _vocabulary(teacher) if config.ids_kept else None
+    return CacheSettings(
+        teacher=teacher.identity(),
+        tokenizer=teacher.tokenizer_identity() | {"bos_token": config.bos_token},
+        chat_template=teacher.chat_template_identity(config.chat_template_kwargs) if has_chats else None,
+        engine=engine.describe(),
+        k=config.k,
+        k_ids=config.ids_kept,
+        vocab_size=teacher.vocab_size,
+        store=config.store,
+        windows={"max_model_len": engine.config.max_model_len, "overlap": cutter.overlap},
+        vocabulary=vocabulary,
+    )
+
+
+def _vocabulary(teacher: Teacher) -> Vocabulary:
+    """The words of the ids that the teacher's logits have; tokenizers may know fewer (padding) or more of them."""
+    size = teacher.vocab_size
+    known = token_bytes(teacher.tokenizer)[:size]
+    roles = {token: role for token, role in special_roles(teacher.tokenizer).items() if token < size}
+    return Vocabulary(token_bytes=known + [None] * (size - len(known)), special_roles=roles)

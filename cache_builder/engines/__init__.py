@@ -1,0 +1,36 @@
+"""Engines turn windows of token ids into the teacher's distributions. One file per engine; the choice is here."""
+
+from importlib.util import find_spec
+
+from cache_builder.engines.base import Engine, EngineConfig
+from storage_specs.errors import ConfigError
+
+ENGINES = ("transformers", "vllm")
+
+
+def choose_engine(name: str) -> str:
+    """`auto` is vllm where it can be imported and a GPU is there, else transformers."""
+    if name == "auto":
+        return "vllm" if find_spec("vllm") and _has_gpu() else "transformers"
+    if name not in ENGINES:
+        raise ConfigError(f"engine is {name!r}, but must be auto, {' or '.join(ENGINES)}")
+    return name
+
+
+def make_engine(name: str, config: EngineConfig) -> Engine:
+    """The engine of that name, not loaded yet: its weights are read when it first scores."""
+    if name == "vllm":
+        from cache_builder.engines.vllm import VllmEngine
+
+        return VllmEngine(config)
+    from cache_builder.engines.transformers import TransformersEngine
+
+    return TransformersEngine(config)
+
+
+def _has_gpu() -> bool:
+    if find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()

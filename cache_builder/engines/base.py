@@ -1,0 +1,99 @@
+"""What the builder asks of an engine, and the one order in which every engine's rows are stored.
+
+Legend: R rows of one window, K top-k ranks, L tokens of one window.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from storage_specs.errors import ConfigError, EngineError
+from storage_specs.windows import Window
+
+MASS_TOLERANCE = 1e-3  # a top-k that sums to more than 1 by this much is no rounding
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What every engine needs to know.
+
+    model: a local Hugging Face folder. dtype: float32 | bfloat16 | float16. max_model_len: tokens; a window has at most
+    `capacity` = max_model_len - 1, because vLLM needs room for one more. vocab_size: width of the logits.
+    arguments: further arguments of the engine's own, by its names (vLLM's EngineArgs).
+    """
+
+    model: str
+    dtype: str
+    max_model_len: int
+    k: int
+    vocab_size: int
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= self.vocab_size:
+            raise ConfigError(f"k is {self.k}, but must be from 1 to the teacher's vocabulary size, {self.vocab_size}")
+        if self.max_model_len < 2:
+            raise ConfigError(f"max_model_len is {self.max_model_len}, but must be at least 2")
+
+    @property
+    def capacity(self) -> int:
+        return self.max_model_len - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowScores:
+    """The teacher's rows of one window.
+
+    gold_logprob (R,) float32, nats, of the token that followed. probs (R, K) float32, descending, equal ones by
+    ascending id. token_ids (R, K) int64. tail_mass (R,) float32 = 1 - sum of probs, in float64, not below 0.
+    """
+
+    gold_logprob: np.ndarray
+    probs: np.ndarray
+    token_ids: np.ndarray
+    tail_mass: np.ndarray
+
+
+class Engine(Protocol):
+    """Scores windows. `describe()` works before the weights are loaded; `score` loads them."""
+
+    config: EngineConfig
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest says of the engine: name, version, dtype, attention backend, and what alters its values."""
+
+    def score(self, windows: Sequence[Window]) -> Iterator[WindowScores]:
+        """One WindowScores per window, in order. Uses `ids`, `logits_index` and `target_ids` only. EngineError."""
+
+
+def window_scores(gold_R: np.ndarray, logprobs_RK: np.ndarray, token_ids_RK: np.ndarray) -> WindowScores:
+    """Rows in storage order: by descending log-probability, then ascending id. EngineError for impossible rows."""
+    if not (np.isfinite(gold_R).all() and np.isfinite(logprobs_RK).all()):
+        raise EngineError(
+            "the teacher returned log-probabilities that are not finite; its weights may be damaged, or its dtype too "
+            "narrow: try --dtype float32"
+        )
+    order_RK = np.lexsort((token_ids_RK, -logprobs_RK), axis=-1)
+    probs_RK = np.exp(np.take_along_axis(logprobs_RK, order_RK, axis=-1).astype(np.float32))
+    mass_R = probs_RK.sum(axis=-1, dtype=np.float64)
+    if (mass_R > 1 + MASS_TOLERANCE).any():
+        raise EngineError(f"the teacher's top probabilities sum to {mass_R.max():.6f}, more than 1: not a distribution")
+    return WindowScores(
+        gold_logprob=np.minimum(gold_R, 0).astype(np.float32),
+        probs=probs_RK,
+        token_ids=np.take_along_axis(token_ids_RK, order_RK, axis=-1).astype(np.int64),
+        tail_mass=np.clip(1 - mass_R, 0, 1).astype(np.float32),
+    )
+
+
+def check_window(window: Window, config: EngineConfig) -> None:
+    """Raises EngineError for a window that no engine can score: too long, or ids outside the vocabulary."""
+    if len(window.ids) > config.capacity:
+        raise EngineError(f"a window of {len(window.ids)} tokens exceeds the engine's {config.capacity}")
+    if window.ids.min() < 0 or window.ids.max() >= config.vocab_size:
+        raise EngineError(
+            f"token id {int(window.ids.max())} is outside the teacher's vocabulary of {config.vocab_size}: "
+            "the tokenizer is not this teacher's"
+        )

@@ -1,0 +1,122 @@
+"""The transformers engine: the numerical reference, and the default where there is no GPU.
+
+One window at a time, without padding, in one forward pass; the head is applied at the rows' positions only
+(`logits_to_keep`, so that soft caps and scales stay the model's own business). Softmax and top-k are taken in float32.
+
+Legend: R rows of one window, B rows of one block, V vocabulary, G groups of E words each, C candidates, K top-k ranks.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import transformers
+
+from cache_builder.engines.base import EngineConfig, WindowScores, check_window, window_scores
+from storage_specs.errors import ConfigError, EngineError
+from storage_specs.windows import Window
+
+# Logits turned to float32 at a time: what stays in a CPU's cache (measured: a quarter of all time); plenty for a GPU.
+LOGITS_PER_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}
+GROUP = 128
+
+
+class TransformersEngine:
+    """Scores windows with `AutoModelForCausalLM` on the GPU if there is one, else on the CPU."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        if config.arguments:
+            names = ", ".join(config.arguments)
+            raise ConfigError(f"{names}: an argument of the vllm engine, but the engine is transformers")
+        self.config = config
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model: torch.nn.Module | None = None
+
+    def describe(self) -> dict[str, Any]:
+        with torch.device("meta"):  # the architecture without its weights says which attention it takes
+            skeleton = _skeleton(self.config.model)
+        return {
+            "name": "transformers",
+            "version": transformers.__version__,
+            "torch": torch.__version__,
+            "device": self.device,
+            "dtype": self.config.dtype,
+            "attention_backend": skeleton.config._attn_implementation,
+        }
+
+    def score(self, windows: Sequence[Window]) -> Iterator[WindowScores]:
+        for window in windows:
+            check_window(window, self.config)
+            yield self._score(window)
+
+    @torch.inference_mode()
+    def _score(self, window: Window) -> WindowScores:
+        model = self._load()
+        index_R = torch.from_numpy(window.logits_index).to(self.device)
+        target_R = torch.from_numpy(window.target_ids).to(self.device)
+        ids = torch.from_numpy(window.ids).to(self.device)[None]
+        logits_RV = model(input_ids=ids, use_cache=False, logits_to_keep=index_R).logits[0]
+        if logits_RV.shape != (len(index_R), self.config.vocab_size):
+            raise EngineError(
+                f"{type(model).__name__} returned logits of shape {tuple(logits_RV.shape)}, expected "
+                f"({len(index_R)}, {self.config.vocab_size}): this architecture is not supported"
+            )
+        blocks = []
+        rows = max(1, LOGITS_PER_BLOCK[self.device] // self.config.vocab_size)
+        for start in range(0, len(index_R), rows):
+            logits_BV = logits_RV[start : start + rows].float()
+            norm_B1 = logits_BV.logsumexp(dim=-1, keepdim=True)
+            gold_B = (logits_BV.gather(1, target_R[start : start + rows, None]) - norm_B1)[:, 0]
+            values_BK, ids_BK = top_k(logits_BV, self.config.k)
+            blocks.append((gold_B, values_BK - norm_B1, ids_BK))
+        return window_scores(*(torch.cat(parts).cpu().numpy() for parts in zip(*blocks, strict=True)))
+
+    def _load(self) -> torch.nn.Module:
+        if self._model is None:
+            dtype = getattr(torch, self.config.dtype)
+            try:
+                model = transformers.AutoModelForCausalLM.from_pretrained(self.config.model, dtype=dtype)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise EngineError(f"teacher {self.config.model}: transformers cannot load it: {error}") from error
+            self._model = model.to(self.device).eval()
+        return self._model
+
+
+def top_k(logits_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest values (B, K) and their ids (B, K), in no order; of equal values at the border the lowest ids.
+
+    Exact, by group maxima: the k + 1 largest values lie in the k + 1 groups with the largest maxima (several times
+    faster than `torch.topk` over a large vocabulary). `torch.topk` alone keeps any of the values that tie at the
+    border, and logits rounded to bfloat16 tie at rank 64 in two rows of three.
+    """
+    vocabulary = logits_BV.shape[1]
+    groups = vocabulary // GROUP
+    grouped_BGE = logits_BV[:, : groups * GROUP].unflatten(1, (groups, GROUP))
+    rest_BE, ids_V = logits_BV[:, groups * GROUP :], torch.arange(vocabulary, device=logits_BV.device)
+    maxima_BG = grouped_BGE.amax(dim=2)
+    chosen_BG = maxima_BG.topk(min(k + 1, groups)).indices
+    candidates_BC = grouped_BGE.gather(1, chosen_BG[:, :, None].expand(-1, -1, GROUP)).flatten(1)
+    candidate_ids_BC = ids_V[: groups * GROUP].view(groups, GROUP)[chosen_BG].flatten(1)
+    candidate_ids_BC = torch.cat([candidate_ids_BC, ids_V[groups * GROUP :].expand(len(logits_BV), -1)], dim=1)
+    values_BK, place_BK = torch.cat([candidates_BC, rest_BE], dim=1).topk(min(k + 1, vocabulary))
+    ids_BK = candidate_ids_BC.gather(1, place_BK)
+    if values_BK.shape[1] == k:
+        return values_BK, ids_BK
+    border_B = values_BK[:, k - 1]
+    values_BK, ids_BK, tied_B = values_BK[:, :k], ids_BK[:, :k].clone(), border_B == values_BK[:, k]
+    for row in tied_B.nonzero()[:, 0].tolist():
+        inside_G = (maxima_BG[row] >= border_B[row]).nonzero()[:, 0]
+        group, entry = (grouped_BGE[row, inside_G] == border_B[row]).nonzero(as_tuple=True)
+        after = (rest_BE[row] == border_B[row]).nonzero()[:, 0] + groups * GROUP
+        at_border = torch.cat([inside_G[group] * GROUP + entry, after])
+        above = int((values_BK[row] > border_B[row]).sum())
+        ids_BK[row, above:] = at_border[: k - above]
+    return values_BK, ids_BK
+
+
+def _skeleton(model: str) -> torch.nn.Module:
+    try:
+        config = transformers.AutoConfig.from_pretrained(model)
+        return transformers.AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        raise EngineError(f"teacher {model}: transformers does not know this model: {error}") from error

@@ -1,0 +1,132 @@
+"""What is in a cache and what it costs, for people and (as JSON) for scripts; and what a build prints at its end."""
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from storage_specs.reader import open_cache
+
+if TYPE_CHECKING:
+    from cache_builder.builder import BuildReport
+    from storage_specs.document import CachedDocument
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """JSON-able facts from the manifest and from the sizes of the objects. Raises NotACacheError, CorruptCacheError."""
+    manifest = open_cache(path).manifest
+    rows = manifest.counts["rows"]
+    columns = column_bytes(path)
+    return {
+        "cache_id": manifest.cache_id,
+        "store": manifest.store,
+        "codec": manifest.codec,
+        "k": manifest.k,
+        "k_ids": manifest.k_ids,
+        "vocab_size": manifest.vocab_size,
+        "counts": manifest.counts,
+        "held_out": manifest.held_out,
+        "shards": len(list((path / "shards").glob("*.json"))),
+        "bytes": sum(columns.values()),
+        "bytes_per_row": sum(columns.values()) / rows if rows else None,
+        "bytes_by_column": columns,
+        "teacher": manifest.teacher,
+        "tokenizer": manifest.tokenizer,
+        "chat_template": manifest.chat_template,
+        "engine": manifest.engine,
+        "windows": manifest.windows,
+        "corpus": manifest.corpus,
+        "config_digest": manifest.config_digest,
+    }
+
+
+def column_bytes(path: Path) -> dict[str, int]:
+    """Stored bytes of every column over all shards; `other` is what belongs to none (headers, records, footers)."""
+    sizes: Counter[str] = Counter()
+    for file in (path / "shards").rglob("*"):
+        if not file.is_file():
+            continue
+        size = file.stat().st_size
+        inside = file.relative_to(path / "shards").parts
+        if file.suffix == ".parquet":
+            columns = _parquet_columns(file)
+            sizes.update(columns)
+            sizes["other"] += size - sum(columns.values())
+        else:
+            sizes[inside[1] if len(inside) > 2 else "other"] += size
+    return dict(sorted(sizes.items(), key=lambda item: (item[0] == "other", -item[1], item[0])))
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """The facts as text, one topic per line."""
+    counts, teacher, engine, codec = facts["counts"], facts["teacher"], facts["engine"], facts["codec"]
+    rows = counts["rows"]
+    lines = [
+        f"cache      {facts['cache_id']}",
+        f"documents  {counts['documents']:,} in {facts['shards']:,} shards of the {facts['store']} store, "
+        f"{facts['held_out']['documents']:,} held out, {counts['empty_documents']:,} without rows",
+        f"rows       {rows:,} ({counts['end_rows']:,} end rows); {counts['unscored_bytes']:,} of "
+        f"{counts['text_bytes']:,} text bytes in scored spans have no row",
+        f"values     top {facts['k']} of {facts['vocab_size']:,}, ids of the first {facts['k_ids']}; profile "
+        f"{codec['profile']}, L1 error at most {codec['max_l1_error']:.2e}",
+        f"teacher    {teacher['name']}, {teacher['dtype']}, weights {teacher['weights_digest'] or 'none'}",
+        f"tokenizer  {facts['tokenizer']['digest']}",
+        f"template   {facts['chat_template']['digest'] if facts['chat_template'] else 'none'}",
+        f"engine     {engine['name']} {engine['version']}, {engine['dtype']}, attention {engine['attention_backend']}, "
+        f"windows of {facts['windows']['max_model_len']} tokens overlapping {facts['windows']['overlap']}",
+        f"size       {facts['bytes']:,} bytes" + (f", {facts['bytes_per_row']:.1f} per row" if rows else ""),
+    ]
+    for name, size in facts["bytes_by_column"].items():
+        lines.append(f"  {name:<14} {size:>14,}" + (f" {size / rows:>8.2f} per row" if rows else ""))
+    return "\n".join(lines) + "\n"
+
+
+def show_rows(path: Path, count: int) -> str:
+    """The first rows of the first document that has any: what was expected, and what followed."""
+    cache = open_cache(path)
+    document = next((cache[number] for number in range(len(cache)) if len(cache[number].segment)), None)
+    if document is None:
+        return "no rows\n"
+    words = cache.vocabulary.token_bytes if cache.vocabulary else None
+    lines = [_row(document, row, words) for row in range(min(count, len(document.segment)))]
+    return "\n".join(["", f"document {document.doc_id}", *lines]) + "\n"
+
+
+def build_summary(report: "BuildReport", path: Path) -> str:
+    """What one call of `build` did and what the cache holds now."""
+    counts, work = report.manifest.counts, report.work
+    size, rows = sum(column_bytes(path).values()), counts["rows"]
+    if report.shards_written:
+        speed = f"; {work.tokens:,} tokens in {report.seconds:.1f} s, {work.tokens / report.seconds:,.0f} tok/s"
+        did = f"wrote {report.shards_written:,} shards{speed}"
+    else:
+        did = "already complete, nothing to do"
+    return (
+        f"{path}: {did}\n"
+        f"{counts['documents']:,} documents ({counts['empty_documents']:,} without rows), {rows:,} rows, "
+        f"{counts['unscored_bytes']:,} unscored bytes, {work.windows_cut:,} windows cut, "
+        f"{size / max(1, rows):.1f} bytes per row, cache_id {report.manifest.cache_id}"
+    )
+
+
+def _parquet_columns(file: Path) -> dict[str, int]:
+    import pyarrow.parquet as pq
+
+    sizes: Counter[str] = Counter()
+    metadata = pq.ParquetFile(file).metadata
+    for group in range(metadata.num_row_groups):
+        for number in range(metadata.num_columns):
+            column = metadata.row_group(group).column(number)
+            sizes[column.path_in_schema.partition(".")[0]] += column.total_compressed_size
+    return dict(sizes)
+
+
+def _row(document: "CachedDocument", row: int, words: list[bytes | None] | None) -> str:
+    data = document.text.encode()
+    place = f"{document.segment[row]}:{document.byte_start[row]}-{document.byte_end[row]}"
+    followed = "end" if document.is_end[row] else repr(data[document.byte_start[row] : document.byte_end[row]])[1:]
+    best = f"p1 {document.probs[row, 0]:.3f}"
+    if words is not None and document.token_ids is not None:
+        pairs = zip(document.token_ids[row, :4], document.probs[row], strict=False)
+        best = ", ".join(f"{(words[token] or b'?')!r:.20} {prob:.3f}"[1:] for token, prob in pairs)
+    gold, tail = document.gold_logprob[row], document.tail_mass[row]
+    return f"  {place:<14} {followed:<16} {gold:8.3f} nats  tail {tail:.3f}  {best}"

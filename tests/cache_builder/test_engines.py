@@ -1,0 +1,169 @@
+"""The transformers engine against a brute-force float32 forward pass, position by position, on both real models.
+
+The brute force knows nothing of `render`, windows or blocks: ids straight from the tokenizer, one `log_softmax` over
+all positions, one full sort per position.
+
+Legend: L tokens, R rows, V vocabulary, K top-k ranks.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from cache_builder.engines import choose_engine, make_engine
+from cache_builder.engines.base import EngineConfig, WindowScores, window_scores
+from cache_builder.engines.transformers import top_k
+from cache_builder.rows import Cutter
+from storage_specs.document import text_document
+from storage_specs.errors import ConfigError, EngineError
+
+K = 64
+# dtype: (largest difference of a probability and of the tail mass, of a gold log-probability in nats), against float32.
+TOLERANCES = {"float32": (2e-6, 5e-5), "bfloat16": (0.1, 1.0)}
+TEXT = "The river Aare — 288 km long — flows through Bern.\n日本語 and e\u0301, 😀!"
+
+
+class BruteForce:
+    """log p (L, V) float64 of a model in float32, over explicit ids."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def ids(self, text: str) -> list[int]:
+        """Text between the model's own BOS, where it has one in front of texts, and EOS."""
+        bos = [2] if self.model.config.model_type == "gemma3_text" else []
+        return [*bos, *self.tokenizer(text, add_special_tokens=False)["input_ids"], self.model.config.eos_token_id]
+
+    def log_probs(self, ids: list[int]) -> np.ndarray:
+        with torch.inference_mode():
+            return self.model(torch.tensor([ids])).logits[0].double().log_softmax(-1).numpy()
+
+    def config(self, **values: Any) -> EngineConfig:
+        defaults = {"dtype": "float32", "max_model_len": 512, "k": K, "vocab_size": self.model.config.vocab_size}
+        return EngineConfig(model=str(self.folder), **defaults | values)
+
+
+@pytest.fixture(scope="module", params=["smollm2_path", "gemma_path"])
+def brute_force(request: pytest.FixtureRequest) -> BruteForce:
+    return BruteForce(request.getfixturevalue(request.param))
+
+
+def assert_agrees(scores: WindowScores, ids: list[int], log_probs_LV: np.ndarray, dtype: str) -> None:
+    """Row r of `scores` is what position r says of token r + 1."""
+    atol, gold_atol = TOLERANCES[dtype]
+    rows = len(ids) - 1
+    assert scores.probs.shape == scores.token_ids.shape == (rows, K)
+    assert (scores.probs.dtype, scores.token_ids.dtype) == (np.float32, np.int64)
+    for row in range(rows):
+        sorted_V = np.sort(np.exp(log_probs_LV[row]))[::-1]
+        np.testing.assert_allclose(scores.probs[row], sorted_V[:K], rtol=0, atol=atol)
+        np.testing.assert_allclose(scores.tail_mass[row], sorted_V[K:].sum(), rtol=0, atol=4 * atol)
+        np.testing.assert_allclose(
+            np.exp(log_probs_LV[row][scores.token_ids[row]]), scores.probs[row], rtol=0, atol=atol
+        )
+        np.testing.assert_allclose(scores.gold_logprob[row], log_probs_LV[row, ids[row + 1]], rtol=0, atol=gold_atol)
+        assert len(set(scores.token_ids[row])) == K
+    assert (np.diff(scores.probs, axis=1) <= 0).all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_every_row_equals_the_brute_force_forward(brute_force: BruteForce, dtype: str) -> None:
+    engine = make_engine("transformers", brute_force.config(dtype=dtype))
+    cutter = Cutter(
+        tokenizer=brute_force.tokenizer,
+        chat_template=None,
+        chat_template_kwargs={},
+        bos_token=None,
+        capacity=engine.config.capacity,
+        overlap=8,
+    )
+    (window,) = cutter.windows(text_document(TEXT))
+    ids = brute_force.ids(TEXT)
+    assert window.ids.tolist() == ids
+    (scores,) = engine.score([window])
+    assert_agrees(scores, ids, brute_force.log_probs(ids), dtype)
+    description = engine.describe()
+    assert description["name"] == "transformers"
+    assert (description["dtype"], description["attention_backend"]) == (dtype, "sdpa")
+
+
+def test_windows_of_a_long_document_equal_the_brute_force_forward_of_each(brute_force: BruteForce) -> None:
+    """Every scored token has exactly one row, predicted from the prefix and at least `overlap` tokens before it."""
+    overlap, text = 5, TEXT * 2
+    ids = brute_force.ids(text)
+    prefix = ids[:1] if ids[0] == 2 else []
+    body = ids[len(prefix) :]
+    engine = make_engine("transformers", brute_force.config(max_model_len=24))
+    cutter = Cutter(
+        tokenizer=brute_force.tokenizer,
+        chat_template=None,
+        chat_template_kwargs={},
+        bos_token=None,
+        capacity=23,
+        overlap=overlap,
+    )
+    windows = cutter.windows(text_document(text))
+    assert len(windows) > 2
+    position = 0 if prefix else 1
+    for window, scores in zip(windows, engine.score(windows), strict=True):
+        start = position - int(window.logits_index[0]) - 1 + len(prefix)
+        inside = prefix + body[start : start + len(window.ids) - len(prefix)]
+        assert window.ids.tolist() == inside
+        assert len(inside) <= 23
+        assert start == 0 or position - start >= overlap
+        log_probs_LV = brute_force.log_probs(inside)
+        for row, index in enumerate(window.logits_index):
+            assert inside[index + 1] == body[position]
+            expected_V = np.sort(np.exp(log_probs_LV[index]))[::-1]
+            np.testing.assert_allclose(scores.probs[row], expected_V[:K], rtol=0, atol=TOLERANCES["float32"][0])
+            np.testing.assert_allclose(scores.gold_logprob[row], log_probs_LV[index, body[position]], rtol=0, atol=5e-5)
+            position += 1
+    assert position == len(body)
+
+
+@pytest.mark.parametrize("vocabulary", [64, 65, 128, 1000, 20_000])
+@pytest.mark.parametrize("levels", [2, 30, 10**6])
+def test_top_k_is_the_sorted_top_k_with_the_lowest_ids_among_equals(vocabulary: int, levels: int) -> None:
+    logits_BV = torch.randint(0, levels, (40, vocabulary), generator=torch.Generator().manual_seed(levels)).float()
+    values_BK, ids_BK = top_k(logits_BV, K)
+    for row in range(40):
+        expected = sorted(range(vocabulary), key=lambda token: (-logits_BV[row, token].item(), token))[:K]
+        found = sorted(zip((-values_BK[row]).tolist(), ids_BK[row].tolist(), strict=True))
+        assert [token for _, token in found] == expected
+        assert [-value for value, _ in found] == logits_BV[row, expected].tolist()
+
+
+def test_window_scores_orders_equal_probabilities_by_id_and_keeps_the_tail() -> None:
+    logprobs_RK = np.log(np.array([[0.25, 0.5, 0.125, 0.125]], dtype=np.float32))
+    scores = window_scores(np.array([-0.5], np.float32), logprobs_RK[:, [2, 0, 3, 1]], np.array([[9, 4, 3, 1]]))
+    assert scores.token_ids.tolist() == [[1, 4, 3, 9]]
+    assert scores.tail_mass.tolist() == [0.0]
+    assert window_scores(np.zeros(1), logprobs_RK[:, :2], np.array([[4, 1]])).tail_mass.tolist() == [0.25]
+
+
+def test_rows_that_cannot_be_are_refused() -> None:
+    with pytest.raises(EngineError, match="not finite"):
+        window_scores(np.array([np.nan]), np.zeros((1, 1)), np.zeros((1, 1), np.int64))
+    with pytest.raises(EngineError, match=r"sum to 2\.0"):
+        window_scores(np.zeros(1), np.zeros((1, 2)), np.zeros((1, 2), np.int64))
+
+
+def test_config_and_choice_are_checked(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"model": str(smollm2_path), "dtype": "float32", "max_model_len": 8, "vocab_size": 49152}
+    with pytest.raises(ConfigError, match="k is 49153, but must be from 1 to the teacher's vocabulary size, 49152"):
+        EngineConfig(**values, k=49153)
+    with pytest.raises(ConfigError, match="gpu_memory_utilization: an argument of the vllm engine"):
+        make_engine("transformers", EngineConfig(**values, k=4, arguments={"gpu_memory_utilization": "0.5"}))
+    with pytest.raises(ConfigError, match="engine is 'llama'"):
+        choose_engine("llama")
+    monkeypatch.setattr("cache_builder.engines._has_gpu", lambda: False)
+    assert choose_engine("auto") == "transformers"
+    monkeypatch.setattr("cache_builder.engines._has_gpu", lambda: True)
+    monkeypatch.setattr("cache_builder.engines.find_spec", lambda name: name)
+    assert choose_engine("auto") == "vllm"

@@ -1,0 +1,62 @@
+"""The house's plan (design.md, section 1): who may import whom, and what a command may load before it runs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("storage_specs", "cache_builder", "distill")
+FORBIDDEN = {
+    "storage_specs": {"cache_builder", "distill", "torch", "transformers", "vllm"},
+    "cache_builder": {"distill"},
+    "distill": {"cache_builder", "vllm"},
+}
+HEAVY = {"torch", "transformers", "tokenizers", "vllm", "zarr", "pyarrow", "numpy", "datasets"}
+
+
+def imported(file: Path) -> set[str]:
+    """Top-level names of everything that a file imports, inside functions too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf8"), filename=str(file))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: relative import"
+            names.add((node.module or "").partition(".")[0])
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
+            "import_module",
+            "__import__",
+        ):
+            names |= {str(item.value).partition(".")[0] for item in node.args if isinstance(item, ast.Constant)}
+    return names
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_only_what_they_may(room: str) -> None:
+    files = sorted((ROOT / room).rglob("*.py"))
+    assert files
+    for file in files:
+        assert not imported(file) & FORBIDDEN[room], f"{file.relative_to(ROOT)} imports what {room} must not"
+
+
+def test_the_check_sees_lazy_imports(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("def f():\n    from torch.nn import Linear\n    import_module('vllm.x')\n")
+    assert imported(tmp_path / "a.py") == {"torch", "vllm"}
+
+
+@pytest.mark.parametrize("command", ["build", "finalize", "verify", "inspect", ""])
+def test_help_of_cache_builder_loads_nothing_heavy(command: str) -> None:
+    code = (
+        "import sys, contextlib\n"
+        "from cache_builder.main import main\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    main(sys.argv[1:])\n"
+        f"print(*sorted(set(sys.modules) & {HEAVY!r}), file=sys.stderr)"
+    )
+    words = [command, "--help"] if command else ["--help"]
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == ""
+    assert f"cache-builder {command}".strip() in done.stdout
