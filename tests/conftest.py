@@ -1,4 +1,4 @@
-"""Real models and text for every test that asks: made once under ${TEACH_ONCE_HOME:-~/.cache/teach-once}, never skipped."""
+"""Real models and text for every test that asks, made once under TEACH_ONCE_HOME (scripts/demo_assets.py)."""
 
 import json
 import sys
