@@ -1,0 +1,132 @@
+"""manifest.json: the last object of a cache, which names and proves all others."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from storage_specs import half, plan
+from storage_specs.columns import RowShape
+from storage_specs.document import canonical_json
+from storage_specs.errors import IncompleteCacheError, MalformedObjectError, NotACacheError
+from storage_specs.objects import REMEDY, LocalObjects, StoredObject
+from storage_specs.sealed_json import seal, unseal
+from storage_specs.shard_record import record_name
+from storage_specs.stores import STORES
+
+NAME = "manifest.json"
+MAX_BYTES = 1_000_000
+COUNTS = ("documents", "rows", "end_rows", "empty_documents", "text_bytes", "unscored_bytes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The fields of manifest.json, by their names there.
+
+    cache_id: sha256 (hex) of all the others. teacher, tokenizer, chat_template, engine, windows: as the builder gave
+    them. corpus: {digest, documents}. k, k_ids, vocab_size, store: see `CacheSettings`. codec: {profile, max_l1_error,
+    mean_l1_error} of values and tail, measured. held_out: {rule, documents}. rank_edges: None in this version.
+    counts: {documents, rows, end_rows, empty_documents, text_bytes, unscored_bytes}. plan, shards, vocabulary (None
+    without ids): the objects plan.json, shards.parquet, vocabulary.parquet. config_digest: of the builder's settings.
+    """
+
+    spec_version: int
+    cache_id: str
+    teacher: dict[str, Any]
+    tokenizer: dict[str, Any]
+    chat_template: dict[str, Any] | None
+    engine: dict[str, Any]
+    windows: dict[str, Any]
+    corpus: dict[str, Any]
+    k: int
+    k_ids: int
+    vocab_size: int
+    store: str
+    codec: dict[str, Any]
+    held_out: dict[str, Any]
+    rank_edges: list[int] | None
+    counts: dict[str, int]
+    plan: StoredObject
+    shards: StoredObject
+    vocabulary: StoredObject | None
+    config_digest: str
+
+    @property
+    def row_shape(self) -> RowShape:
+        return RowShape(k=self.k, k_ids=self.k_ids, vocab_size=self.vocab_size)
+
+    @property
+    def stored(self) -> StoredObject:
+        """manifest.json itself."""
+        return StoredObject.of(NAME, canonical_json(self.to_json()))
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values, as in manifest.json."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {key: item.to_json() if isinstance(item, StoredObject) else item for key, item in values.items()}
+
+
+def read_manifest(objects: LocalObjects) -> Manifest:
+    """The manifest of a finished cache.
+
+    Raises NotACacheError, IncompleteCacheError (with how many shards are missing), SpecVersionError, and
+    CorruptCacheError's kinds.
+    """
+    size = objects.size(NAME)
+    if size is not None:
+        _check_length(size, NAME)
+        return manifest_from_bytes(objects.read(NAME))
+    if objects.size(plan.NAME) is None:
+        raise NotACacheError(f"{objects.root}: no cache here: expected {NAME}")
+    planned, _ = plan.plan_from_bytes(objects.read(plan.NAME))
+    shards = range(len(planned.shards))
+    missing = sum(objects.size(record_name(shard)) is None for shard in shards)
+    remedy = (
+        "run the same `cache-builder build` command again"
+        if missing
+        else f"run `cache-builder finalize {objects.root}`"
+    )
+    raise IncompleteCacheError(
+        f"{objects.root}: the build has not finished: {missing} of {len(shards)} shards are missing; {remedy}"
+    )
+
+
+def manifest_to_bytes(values: dict[str, Any]) -> bytes:
+    """manifest.json of all fields but cache_id and spec_version."""
+    return seal(values, "cache_id")
+
+
+def manifest_from_bytes(data: bytes, place: str = NAME) -> Manifest:
+    """Raises SpecVersionError, ChecksumMismatchError, MalformedObjectError naming `place`."""
+    _check_length(len(data), place)
+    value = unseal(data, "cache_id", place, REMEDY)
+    try:
+        for key in ("plan", "shards", "vocabulary"):
+            if key != "vocabulary" or value[key] is not None:
+                value[key] = StoredObject.from_json(value[key], f"{place}, {key}")
+        manifest = Manifest(**value)
+        problem = _problem_of(manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise MalformedObjectError(f"{place}: not a manifest ({error})") from None
+    if problem:
+        raise MalformedObjectError(f"{place}: {problem}")
+    return manifest
+
+
+def _check_length(length: int, place: str) -> None:
+    if length > MAX_BYTES:
+        raise MalformedObjectError(f"{place}: {length} bytes, above the limit of {MAX_BYTES}")
+
+
+def _problem_of(manifest: Manifest) -> str | None:
+    counts = manifest.counts
+    if set(counts) != set(COUNTS) or not all(type(count) is int and count >= 0 for count in counts.values()):
+        return f"counts must be {', '.join(COUNTS)}"
+    k, k_ids, vocab_size = sizes = (manifest.k, manifest.k_ids, manifest.vocab_size)
+    if not all(type(size) is int for size in sizes) or not (0 <= k_ids <= k <= vocab_size <= 2**32 and k >= 1):
+        return f"k, k_ids and vocab_size are {sizes}, but 0 <= k_ids <= k <= vocab_size <= 2^32 and k >= 1 must hold"
+    if manifest.store not in STORES:
+        return f"store {manifest.store!r} is none of {', '.join(STORES)}"
+    if manifest.codec.get("profile") != half.PROFILE:
+        return f"codec profile {manifest.codec.get('profile')!r} is not {half.PROFILE!r}"
+    if (manifest.vocabulary is None) != (manifest.k_ids == 0):
+        return "a vocabulary belongs to a cache exactly where ids do"
+    return None

@@ -1,0 +1,157 @@
+"""Checking a finished cache: every stored byte, every rule, every count."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from storage_specs import manifest as manifest_json
+from storage_specs import plan, vocabulary_table
+from storage_specs.document import is_held_out
+from storage_specs.errors import CorruptCacheError
+from storage_specs.finalization import codec_of, counts_of
+from storage_specs.objects import LocalObjects, StoredObject
+from storage_specs.reader import Cache, open_cache, read_columns
+from storage_specs.sealed_json import digest_of
+from storage_specs.shard_record import ShardRecord, read_record
+from storage_specs.stores import stem_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerificationReport:
+    """What was looked at, and what is wrong: one line per problem; none means that the cache is as it was written."""
+
+    path: str
+    fast: bool
+    objects: int
+    bytes: int
+    documents: int
+    rows: int
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        how = "sizes only" if self.fast else "every byte"
+        seen = f"{self.objects} objects, {self.bytes} bytes, {self.documents} documents, {self.rows} rows ({how})"
+        if self.ok:
+            return f"{self.path}: good: {seen}"
+        return "\n".join(
+            [f"{self.path}: {len(self.problems)} problems in {seen}", *(f"  {line}" for line in self.problems)]
+        )
+
+
+def verify_cache(
+    path: str | os.PathLike[str], *, fast: bool = False, progress: Callable[[int, int], None] | None = None
+) -> VerificationReport:
+    """Check a cache and go on past what is damaged, so that the report is complete.
+
+    Every object's size and crc32c; every shard decoded and held against the format's rules, the shard table, the plan
+    and the manifest's counts. `fast`: sizes only. `progress(done, all)`: called after every shard. Raises
+    NotACacheError, IncompleteCacheError and SpecVersionError; damage is in the report's problems.
+    """
+    objects = LocalObjects(path)
+    check = _Check(objects, fast)
+    documents = rows = 0
+    with check.damage():
+        manifest = manifest_json.read_manifest(objects)
+        documents, rows = manifest.counts["documents"], manifest.counts["rows"]
+        check.object(manifest.stored)
+        for stored in filter(None, (manifest.plan, manifest.shards, manifest.vocabulary)):
+            check.object(stored)
+        cache = open_cache(path)
+        shards = len(cache.documents_per_shard)
+        for shard in range(shards):
+            intact = [check.object(stored) for stored in cache.table.objects[shard]]
+            if all(intact) and not fast:
+                with check.damage():
+                    check.shard(cache, shard)
+            if progress is not None:
+                progress(shard + 1, shards)
+        if not fast and not check.problems:
+            check.whole(cache)
+    return check.report(documents, rows)
+
+
+class _Check:
+    """What was looked at and what is wrong, gathered on the way."""
+
+    def __init__(self, objects: LocalObjects, fast: bool) -> None:
+        self.store, self.fast = objects, fast
+        self.problems: list[str] = []
+        self.objects = self.bytes = 0
+        self.records: list[ShardRecord] = []
+
+    @contextmanager
+    def damage(self) -> Iterator[None]:
+        """Note what is corrupt, and go on."""
+        try:
+            yield
+        except CorruptCacheError as error:
+            if str(error) not in self.problems:  # an object that is needed twice is damaged once
+                self.problems.append(str(error))
+
+    def object(self, stored: StoredObject) -> bool:
+        """Whether one object is what was written."""
+        known = len(self.problems)
+        self.objects += 1
+        self.bytes += stored.size
+        with self.damage():
+            if self.fast:
+                self.store.check_size(stored)
+            else:
+                self.store.fetch(stored)
+        return len(self.problems) == known
+
+    def shard(self, cache: Cache, shard: int) -> None:
+        """Decode one shard, and hold it against its record and the documents' own identities."""
+        columns = read_columns(self.store, cache.manifest, cache.table, shard, ids=True)
+        record = read_record(self.store, shard)
+        members = cache.table.documents_of(shard)
+        documents = [columns.document(number) for number in range(len(columns.documents))]
+        unscored_bytes = sum(document.unscored_bytes for document in documents)
+        checks = {
+            "a document's content has another doc_id": [item.doc_id for item in documents] == list(columns.doc_ids),
+            "its record belongs to other settings": record.config_digest == cache.manifest.config_digest,
+            "its record names other objects": record.objects == cache.table.objects[shard][:-1],
+            "its record lists other documents": record.doc_ids == columns.doc_ids
+            and list(record.document_rows) == cache.rows_D[members].tolist()
+            and list(record.document_text_bytes) == cache.text_bytes_D[members].tolist(),
+            "its record counts other end rows or unscored bytes": record.end_rows == columns.is_end.sum()
+            and record.unscored_bytes == unscored_bytes,
+        }
+        self.problems += [f"{stem_of(shard)}: {problem}" for problem, good in checks.items() if not good]
+        self.records.append(record)
+
+    def whole(self, cache: Cache) -> None:
+        """Hold the manifest against the plan and against what all shards hold together."""
+        manifest = cache.manifest
+        planned, config = plan.plan_from_bytes(self.store.fetch(manifest.plan))
+        checks = {
+            "its counts are not those of the shards": manifest.counts == counts_of(self.records),
+            "its L1 errors are not those of the shards": manifest.codec == codec_of(self.records),
+            "its documents are not those of the plan": list(planned.doc_ids) == cache.doc_ids
+            and [len(shard) for shard in planned.shards] == cache.documents_per_shard,
+            "its corpus is not the plan's": manifest.corpus["digest"] == planned.corpus_digest,
+            "its settings are not the plan's": manifest.config_digest == digest_of(config),
+            "held-out documents are miscounted": manifest.held_out["documents"] == sum(map(is_held_out, cache.doc_ids)),
+        }
+        self.problems += [f"{manifest_json.NAME}: {problem}" for problem, good in checks.items() if not good]
+        if (
+            cache.vocabulary is not None
+            and vocabulary_table.vocabulary_digest(cache.vocabulary) != config["vocabulary_digest"]
+        ):
+            self.problems.append(f"{vocabulary_table.NAME}: not the vocabulary of the plan")
+
+    def report(self, documents: int, rows: int) -> VerificationReport:
+        return VerificationReport(
+            path=str(self.store.root),
+            fast=self.fast,
+            objects=self.objects,
+            bytes=self.bytes,
+            documents=documents,
+            rows=rows,
+            problems=tuple(self.problems),
+        )

@@ -1,0 +1,57 @@
+"""SPEC.md is held to what is written: its readers run, and its tables name what there is."""
+
+import json
+import re
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from small_caches import STORES, some_documents, some_settings, write_cache
+
+import storage_specs
+from storage_specs import open_cache
+from storage_specs.checksum import crc32c
+
+SPEC = (Path(storage_specs.__file__).parent / "SPEC.md").read_text(encoding="utf8")
+
+
+def reader_of(store: str) -> Callable:
+    """The `read_shard` of the spec that imports that store's library."""
+    blocks = re.findall(r"(?m)(?:^    .*\n|^\n(?=    ))+", SPEC)
+    library = {"zarr": "numpy, zarr", "arrow": "pyarrow.parquet"}[store]
+    (code,) = [block for block in blocks if f"import json, {library}" in block or f"numpy, {library}\n" in block]
+    module = ModuleType("spec_example")
+    exec(re.sub("(?m)^    ", "", code), module.__dict__)
+    return module.read_shard
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_the_readers_of_the_spec_read_every_shard(tmp_path: Path, store: str) -> None:
+    documents = some_documents(7)
+    write_cache(tmp_path, documents, some_settings(store))
+    suffix = {"zarr": ".zarr", "arrow": ".parquet"}[store]
+    read_shard = reader_of(store)
+    read = [document for shard in range(3) for document in read_shard(tmp_path / f"shards/{shard:06d}{suffix}")]
+    for document, expected in zip(read, open_cache(tmp_path), strict=True):
+        assert document["doc_id"] == expected.doc_id
+        assert (document["kind"], document["text"]) == (expected.kind, expected.text)
+        assert document["metadata"] == expected.metadata
+        assert [message["byte_end"] for message in document["messages"]] == [m.byte_end for m in expected.messages]
+        for name in ("segment", "byte_start", "byte_end", "is_end", "gold_logprob", "tail_mass"):
+            assert np.array_equal(document[name], getattr(expected, name)), name
+        assert np.array_equal(document["probs"].reshape(expected.probs.shape), expected.probs)
+
+
+def test_every_field_of_the_json_objects_is_in_the_spec(tmp_path: Path) -> None:
+    write_cache(tmp_path, some_documents(3), some_settings())
+    for name in ("manifest.json", "plan.json", "shards/000000.json"):
+        for field in json.loads((tmp_path / name).read_bytes()):
+            assert f"`{field}`" in SPEC, f"{field} of {name}"
+
+
+def test_the_checksum_is_the_one_named() -> None:
+    assert crc32c(b"123456789") == 0xE3069283
+    assert zlib.crc32(b"123456789") != 0xE3069283
