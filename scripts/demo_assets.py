@@ -120,8 +120,10 @@ def _make_smollm2(folder: Path) -> None:
 
 def _dequantize(gguf: Path, folder: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, logging
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     plain = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, quantization_config=plain)
     model.to(torch.bfloat16).save_pretrained(folder)

@@ -62,8 +62,11 @@ class Stages:
 def cut_student(student: str, layers: int, output: Path) -> Path:
     """The first `layers` layers of a student, with its tokenizer, as an ordinary model folder (0 = all of them)."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+    # The report of weights that were not loaded is the purpose here, and the bars would only blink.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     if not (output / "config.json").exists():
         keep = {"num_hidden_layers": layers} if layers else {}
         model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32, **keep)

@@ -6,6 +6,7 @@ One window at a time, without padding, in one forward pass; the head is applied 
 Legend: R rows of one window, B rows of one block, V vocabulary, G groups of E words each, C candidates, K top-k ranks.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -73,6 +74,8 @@ class TransformersEngine:
 
     def _load(self) -> torch.nn.Module:
         if self._model is None:
+            if not sys.stderr.isatty():
+                transformers.utils.logging.disable_progress_bar()
             dtype = getattr(torch, self.config.dtype)
             try:
                 model = transformers.AutoModelForCausalLM.from_pretrained(self.config.model, dtype=dtype)
