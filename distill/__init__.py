@@ -1,0 +1,32 @@
+"""How a student learns from a cache: alignment, losses, a Trainer.
+
+The names below are the public ones; they are loaded when first used, so that `distill --help` never waits for torch.
+"""
+
+import importlib
+from typing import Any
+
+_HOME_OF = {
+    "CachedDistillationTrainer": "trainer",
+    "CachedDocuments": "dataset",
+    "DistillationCollator": "collator",
+    "DistillationConfig": "config",
+    "EpochBatches": "sampler",
+    "TeacherRows": "losses",
+    "WordMap": "word_map",
+    "align": "alignment",
+    "map_words": "word_map",
+    "mapped_loss": "losses",
+    "uld_loss": "losses",
+}
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'distill' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"distill.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

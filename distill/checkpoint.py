@@ -1,0 +1,107 @@
+"""Which run an output folder belongs to, and which of its checkpoints are whole.
+
+`distill.json` in the output folder says what run it is and whether it finished; `distill.json` in a checkpoint is
+written after everything else in it has reached the disk, so that a checkpoint without it is never resumed from.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from storage_specs.document import canonical_json
+from storage_specs.errors import CheckpointError, OutputFolderError
+
+RECORD = "distill.json"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record in a folder, or None. Raises CheckpointError where it cannot be read."""
+    try:
+        return json.loads((folder / RECORD).read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise CheckpointError(f"{folder / RECORD} is not JSON ({error}): remove {folder} and start anew") from None
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write the record atomically, after all files of the folder have reached the disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / f".{RECORD}"
+    scratch.write_bytes(canonical_json(record))
+    for path in folder.iterdir():
+        if path.is_file():
+            _sync(path)
+    scratch.replace(folder / RECORD)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def begin(output_dir: Path, run: dict[str, Any]) -> bool:
+    """Take the output folder for this run, or find it finished. True = there is something left to do.
+
+    Raises OutputFolderError for a folder of other things, CheckpointError for one of another run (cache, weights, ...).
+    """
+    record = read_record(output_dir)
+    others = sorted(path.name for path in output_dir.iterdir()) if record is None and output_dir.is_dir() else []
+    if others or output_dir.is_file():
+        raise OutputFolderError(
+            f"--output_dir {output_dir} holds something else ({', '.join(others[:3]) or 'a file'}) and nothing was "
+            "touched: name a new or empty folder"
+        )
+    if record is not None:
+        _check_same_run(output_dir, record["run"], run)
+    return record is None or not record["finished"]
+
+
+def last_whole_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint that was written to its end."""
+    numbered = checkpoints(output_dir)
+    return next((path for path in reversed(numbered) if (path / RECORD).exists()), None)
+
+
+def check_checkpoint(checkpoint: Path, run: dict[str, Any]) -> None:
+    """Raises CheckpointError unless the checkpoint is whole and belongs to this run."""
+    record = read_record(checkpoint)
+    if record is None:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} has no {RECORD}: it was not written to its end, or not by this Trainer; "
+            "leave out --resume_from_checkpoint to resume from the last whole one"
+        )
+    _check_same_run(checkpoint, record["run"], run)
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoint folders, oldest first, whole or not."""
+    if not output_dir.is_dir():
+        return []
+    found = [path for path in output_dir.iterdir() if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def remove_old_checkpoints(output_dir: Path, keep: int, spare: str | None) -> None:
+    """Remove all but the newest `keep` checkpoints and the one to spare. Call it when the newest is whole."""
+    for path in checkpoints(output_dir)[:-keep]:
+        if spare is None or path.resolve() != Path(spare).resolve():
+            (path / RECORD).unlink(missing_ok=True)  # no longer whole, should the removal be interrupted
+            shutil.rmtree(path)
+
+
+def _check_same_run(place: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    different = [f"{name} {before.get(name)!r}, now {now.get(name)!r}" for name in now if before.get(name) != now[name]]
+    if different:
+        raise CheckpointError(
+            f"{place} belongs to another run ({'; '.join(different)}): repeat that run's flags to resume it, or name "
+            "another --output_dir"
+        )

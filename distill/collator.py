@@ -1,0 +1,120 @@
+"""Documents to one batch: the student's windows, its labels, and the teacher's rows at the compared positions.
+
+Every document is rendered by the STUDENT's tokenizer and template, cut into windows (nothing is truncated), aligned
+with its teacher rows, and flattened over the batch.
+
+Legend: B windows, L tokens of the longest, R labels, N compared rows, K ranks of the cached head, I ranks with ids.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from distill.alignment import align
+from distill.config import DistillationConfig
+from distill.word_map import WordMap, map_words
+from storage_specs.document import CachedDocument, Document
+from storage_specs.errors import ConfigError
+from storage_specs.reader import Cache
+from storage_specs.rendering import render
+from storage_specs.token_alphabet import backend_of
+from storage_specs.windows import Window, cut_windows
+
+Batch = dict[str, Any]
+
+
+class DistillationCollator:
+    """Collates `CachedDocument`s. A batch has
+
+    input_ids, attention_mask: (B, L) int64, padded on the right.
+    label_index_R: (R,) int64 ascending, positions b * L + i whose logits predict a scored token.
+    label_ids_R: (R,) int64, that token. label_sample_R: (R,) int64, its document's number in the batch.
+    With a teacher weight also: student_index_N: (N,) int64, the compared ones of label_index_R; sample_N: (N,) int64;
+    teacher_probs_NK: (N, K) and teacher_tail_N: (N,) float32; with a `mapped_weight` words_NI: (N, I) int64, the
+    student's words of the teacher's ids.
+    teacher_rows: int, rows of its documents, compared or not. doc_ids: list[str].
+
+    Raises TokenizerError (no fast backend) and ConfigError (`mapped_weight` with a cache without ids).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DistillationConfig, cache: Cache) -> None:
+        backend_of(tokenizer)
+        self.tokenizer = tokenizer
+        self.config = config
+        self.word_map = word_map_of(cache, tokenizer) if config.mapped_weight else None
+        self.pad_id = next(
+            (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
+        )  # masked, so any id will do
+
+    def windows(self, document: Document) -> list[Window]:
+        """The student's windows of a document."""
+        sequence = render(self.tokenizer, document, self.config.chat_template, self.config.chat_template_kwargs)
+        return cut_windows(sequence, self.config.max_length, self.config.window_overlap)
+
+    def __call__(self, documents: Sequence[CachedDocument]) -> Batch:
+        windows = [(number, window) for number, document in enumerate(documents) for window in self.windows(document)]
+        length = max((len(window.ids) for _, window in windows), default=1)
+        # A batch without a single label still takes its step (on other ranks there may be some): one padding token.
+        input_ids_BL = np.full((max(1, len(windows)), length), self.pad_id, dtype=np.int64)
+        attention_mask_BL = np.zeros_like(input_ids_BL)
+        if not windows:
+            attention_mask_BL[:] = 1
+        for b, (_, window) in enumerate(windows):
+            input_ids_BL[b, : len(window.ids)] = window.ids
+            attention_mask_BL[b, : len(window.ids)] = 1
+        columns = {
+            "input_ids": input_ids_BL,
+            "attention_mask": attention_mask_BL,
+            "label_index_R": _joined([b * length + window.logits_index for b, (_, window) in enumerate(windows)]),
+            "label_ids_R": _joined([window.target_ids for _, window in windows]),
+            "label_sample_R": _joined([np.full(len(window.target_ids), number) for number, window in windows]),
+        }
+        if self.config.kd_weight:
+            columns |= self._compared(documents, windows, length)
+        return {
+            **{name: torch.from_numpy(column) for name, column in columns.items()},
+            "teacher_rows": sum(len(document.segment) for document in documents),
+            "doc_ids": [document.doc_id for document in documents],
+        }
+
+    def _compared(
+        self, documents: Sequence[CachedDocument], windows: list[tuple[int, Window]], length: int
+    ) -> dict[str, np.ndarray]:
+        """The pairs of every window, and their teacher rows gathered once."""
+        student, samples, probs, tails, words = [], [], [], [], []
+        for b, (number, window) in enumerate(windows):
+            document = documents[number]
+            index_N, row_N = align(document, window, self.config.align)
+            student.append(b * length + index_N)
+            samples.append(np.full(len(row_N), number))
+            probs.append(document.probs[row_N])
+            tails.append(document.tail_mass[row_N])
+            if self.word_map is not None:
+                words.append(self.word_map.words_U[document.token_ids[row_N]])
+        k, ranks = documents[0].probs.shape[1], 0 if self.word_map is None else documents[0].token_ids.shape[1]
+        columns = {
+            "student_index_N": _joined(student),
+            "sample_N": _joined(samples),
+            "teacher_probs_NK": np.concatenate([np.zeros((0, k), np.float32), *probs]),
+            "teacher_tail_N": np.concatenate([np.zeros(0, np.float32), *tails]),
+        }
+        if self.word_map is not None:
+            columns["words_NI"] = np.concatenate([np.zeros((0, ranks), np.int64), *words])
+        return columns
+
+
+def word_map_of(cache: Cache, tokenizer: PreTrainedTokenizerBase) -> WordMap:
+    """The student word of every id in a cache. Raises ConfigError for a cache without ids."""
+    if not cache.with_ids:
+        raise ConfigError(
+            f"mapped_weight needs the teacher's ids, and the cache {cache.path} has none: build it with --k-ids 16, or "
+            "set --mapped_weight 0"
+        )
+    return map_words(cache.vocabulary.token_bytes, cache.vocabulary.special_roles, tokenizer)
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.int64), *parts])

@@ -1,0 +1,89 @@
+"""What a training run is told: every field of `transformers.TrainingArguments`, and the ones below."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from distill.alignment import MODES
+from storage_specs.errors import ConfigError
+
+NORMALIZATIONS = ("tokens", "samples")
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """Training arguments of `CachedDistillationTrainer`. Raises ConfigError for values that cannot be."""
+
+    ce_weight: float = field(default=1.0, metadata={"help": "weight of the cross entropy on the text (paper: 1)"})
+    uld_weight: float = field(
+        default=1.5, metadata={"help": "weight of ULD on the teacher's sorted values (paper: 1.5)"}
+    )
+    mapped_weight: float = field(
+        default=0.0, metadata={"help": "weight of the divergence on the teacher's words; needs a cache with ids"}
+    )
+    align: str = field(default="boundary", metadata={"help": f"which positions are compared: {' | '.join(MODES)}"})
+    max_length: int = field(
+        default=1024,
+        metadata={"help": "tokens per window; longer documents become several windows, nothing is cut off"},
+    )
+    window_overlap: int | None = field(
+        default=None, metadata={"help": "tokens of context that a later window repeats; default max_length / 8"}
+    )
+    loss_normalization: str = field(
+        default="tokens",
+        metadata={
+            "help": "tokens: the mean over all positions of a step; samples: the mean of documents' means (paper)"
+        },
+    )
+    chat_template: str | None = field(
+        default=None, metadata={"help": "Jinja text of the student's chat template, instead of its tokenizer's"}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON arguments of the student's chat template"}
+    )
+    # Batches hold documents, not columns; nothing may be removed from them.
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "must stay false: batches are whole documents"}
+    )
+    # A loss that is not finite stops the run here; filtering it out of the log would only cost a second look at it.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "NaN losses end the run with an error"})
+    logging_steps: float = field(default=10, metadata={"help": "steps between two lines of the log"})
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs"]  # noqa: RUF012 (HF's own list)
+
+    def __post_init__(self) -> None:
+        try:
+            super().__post_init__()
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"training arguments: {error}") from error
+        for name in ("ce_weight", "uld_weight", "mapped_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} is {getattr(self, name)}: a weight is a finite number of at least 0")
+        if self.ce_weight == self.uld_weight == self.mapped_weight == 0:
+            raise ConfigError("ce_weight, uld_weight and mapped_weight are all 0: nothing would be learned")
+        if self.align not in MODES:
+            raise ConfigError(f"align is {self.align!r}: must be one of {', '.join(MODES)}")
+        if self.loss_normalization not in NORMALIZATIONS:
+            raise ConfigError(
+                f"loss_normalization is {self.loss_normalization!r}: must be one of {', '.join(NORMALIZATIONS)}"
+            )
+        if self.max_length < 2:
+            raise ConfigError(f"max_length is {self.max_length}: a window holds at least one token and the next")
+        if self.window_overlap is None:
+            self.window_overlap = max(1, self.max_length // 8)
+        if not 1 <= self.window_overlap < self.max_length:
+            raise ConfigError(f"window_overlap is {self.window_overlap}: must be at least 1 and below max_length")
+        if self.dataloader_num_workers:
+            raise ConfigError("dataloader_num_workers must be 0: batches are prepared in the training process")
+        if self.eval_strategy != "no":
+            raise ConfigError(
+                "eval_strategy must be no: `distill evaluate` measures held-out bits per byte after training"
+            )
+        if self.remove_unused_columns:
+            raise ConfigError("remove_unused_columns must be false: batches are whole documents, not columns")
+
+    @property
+    def kd_weight(self) -> float:
+        """Everything that is asked of the teacher; 0 = plain cross entropy, and no row is read."""
+        return self.uld_weight + self.mapped_weight

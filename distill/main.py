@@ -1,0 +1,158 @@
+"""`distill COMMAND ...`: students that learn from a cache.
+
+    distill train --model_name_or_path HuggingFaceTB/SmolLM2-135M --cache my-cache --output_dir student
+    distill evaluate --cache my-cache --model before=HuggingFaceTB/SmolLM2-135M --model after=student
+
+Nothing heavy is imported before a command runs, so that --help answers at once.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from storage_specs.command_line import Parser, nearest, parse, run
+from storage_specs.errors import ConfigError
+
+SUMMARY = {
+    "train": "train a student on a cache; the same command resumes",
+    "evaluate": "held-out bits per byte of students and of the teacher",
+}
+EXPECTED = ("cache_id", "teacher_name", "teacher_tokenizer_digest")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command; returns the exit code. Raises TeachOnceError for what the user can mend."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, SUMMARY))
+        print("usage: distill COMMAND ...\n")
+        print("\n".join(f"  {name:{width}}  {line}" for name, line in SUMMARY.items()))
+        print("\ndistill COMMAND --help lists the command's flags (dashes and underscores are the same)")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in SUMMARY:
+        raise ConfigError(f"distill: unknown command {command!r}{nearest(command, SUMMARY)}")
+    return {"train": _train, "evaluate": _evaluate}[command](rest)
+
+
+def entry() -> None:
+    """The console script."""
+    run(main)
+
+
+def train_parser() -> Parser:
+    """The flags of `train` that are its own or most used; `DistillationConfig` holds defaults and checks values."""
+    parser = Parser(
+        prog="distill train",
+        description="Train a student on a cache: CE + ULD + mapped. The same command resumes an interrupted run.",
+        epilog="Every other field of transformers.TrainingArguments is a flag too: --bf16, --max_grad_norm 1 ...",
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add("--model_name_or_path", required=True, metavar="MODEL", help="hub name or local folder of the student")
+    add("--cache", required=True, type=Path, metavar="DIR", help="a finished cache of cache-builder")
+    add("--output_dir", required=True, metavar="DIR", help="checkpoints and the trained student")
+    add("--ce_weight", metavar="W", help="weight of the cross entropy on the text (1)")
+    add("--uld_weight", metavar="W", help="weight of ULD on the teacher's sorted values (1.5)")
+    add("--mapped_weight", metavar="W", help="weight of the divergence on the teacher's words; needs ids (0)")
+    add(
+        "--align",
+        metavar="MODE",
+        help="boundary = same byte in both tokenisations | positional = i-th with i-th (boundary)",
+    )
+    add(
+        "--loss_normalization",
+        metavar="N",
+        help="tokens = mean over a step's positions | samples = of documents' means (tokens)",
+    )
+    add(
+        "--max_length",
+        metavar="N",
+        help="tokens per window; longer documents become several, nothing is cut off (1024)",
+    )
+    add("--window_overlap", metavar="N", help="tokens of context that a later window repeats (max_length / 8)")
+    add("--chat_template", type=Path, metavar="FILE", help="Jinja template for chats, instead of the tokenizer's own")
+    add("--chat_template_kwargs", metavar="JSON", help="arguments of the template")
+    add(
+        "--dtype",
+        metavar="D",
+        help="weights in memory: float32 | bfloat16 | float16 | auto (float32; --bf16 = mixed precision)",
+    )
+    add("--max_steps", metavar="N", help="optimisation steps; without it --num_train_epochs (3) counts")
+    add("--per_device_train_batch_size", metavar="N", help="documents per micro-batch and process (8)")
+    add("--gradient_accumulation_steps", metavar="N", help="micro-batches per optimisation step (1)")
+    add("--learning_rate", metavar="R", help="peak learning rate (5e-5)")
+    add("--save_steps", metavar="N", help="steps between checkpoints (500)")
+    add("--seed", metavar="N", help="decides the order of documents (42)")
+    for name in EXPECTED:
+        add(f"--{name}", metavar="X", help=f"refuse a cache whose {name.replace('_', ' ')} is another")
+    return parser
+
+
+def evaluate_parser() -> Parser:
+    """The flags of `evaluate`."""
+    parser = Parser(
+        prog="distill evaluate",
+        description="Bits per byte on a cache's held-out documents, over bytes that the teacher and all models score.",
+    )
+    add = parser.add_argument
+    add("--cache", required=True, type=Path, metavar="DIR", help="a finished cache of cache-builder")
+    add(
+        "--model",
+        required=True,
+        action="append",
+        metavar="NAME=MODEL",
+        help="name in the table = hub name or folder; repeat",
+    )
+    add("--output_file", type=Path, metavar="FILE", help="write the figures as JSON")
+    add("--max_length", type=int, default=1024, metavar="N", help="tokens per window (default: 1024)")
+    add("--batch_size", type=int, default=8, metavar="N", help="windows per forward pass (default: 8)")
+    add("--max_documents", type=int, metavar="N", help="take the first N held-out documents")
+    return parser
+
+
+def _train(arguments: Sequence[str]) -> int:
+    def field_names() -> list[str]:
+        from distill.config import DistillationConfig
+
+        return list(DistillationConfig.__dataclass_fields__)
+
+    namespace, extras = parse(train_parser(), arguments, field_names)
+    values = {name: value for name, value in vars(namespace).items() if name != "config"} | extras
+    expected = {name: values.pop(name) for name in EXPECTED if name in values}
+    own = {name: values.pop(name) for name in ("model_name_or_path", "cache", "dtype") if name in values}
+    if "chat_template" in values:
+        values["chat_template"] = _read(values["chat_template"])
+    from distill.train import TrainingRun, make_config, train
+
+    train(TrainingRun(**own, config=make_config(values), expected=expected))
+    return 0
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    namespace, _ = parse(evaluate_parser(), arguments)
+    models = {}
+    for pair in namespace.model:
+        name, equals, model = pair.partition("=")
+        if not (name and equals and model) or name == "teacher" or name in models:
+            raise ConfigError(f"--model {pair!r}: expected NAME=MODEL, each name once and none of them 'teacher'")
+        models[name] = model
+    from distill.evaluate import evaluate, table, write_figures
+
+    figures = evaluate(
+        namespace.cache,
+        models,
+        max_length=namespace.max_length,
+        batch_size=namespace.batch_size,
+        max_documents=namespace.max_documents,
+    )
+    print(table(figures))
+    if namespace.output_file is not None:
+        write_figures(namespace.output_file, figures)
+    return 0
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--chat_template {path}: cannot be read: {error}") from None

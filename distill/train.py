@@ -1,0 +1,208 @@
+"""`distill train`: everything that can be wrong is checked before a model is loaded; the same command resumes."""
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from distill.checkpoint import begin, last_whole_checkpoint, write_record
+from distill.collator import DistillationCollator
+from distill.comparison import compare
+from distill.config import DistillationConfig
+from distill.dataset import CachedDocuments
+from distill.trainer import CachedDistillationTrainer
+from storage_specs.command_line import Parser
+from storage_specs.errors import CacheMismatchError, ConfigError
+from storage_specs.manifest import Manifest
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+# What makes a run itself beside its cache and its student: a checkpoint of a run that differs here is not resumed from.
+SAME_RUN = (
+    *(field.name for field in fields(DistillationConfig) if field.name not in TrainingArguments.__dataclass_fields__),
+    *("seed", "data_seed", "learning_rate", "max_steps", "num_train_epochs", "warmup_steps", "weight_decay", "optim"),
+    "lr_scheduler_type",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """One training run. `expected` names what the cache must be: any of cache_id, teacher_name and
+    teacher_tokenizer_digest. dtype: of the weights in memory (`bf16=True` of the config is mixed precision instead).
+    """
+
+    model_name_or_path: str
+    cache: Path
+    config: DistillationConfig
+    dtype: str = "float32"
+    expected: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype is {self.dtype!r}: must be one of {', '.join(DTYPES)}")
+
+
+def train(run: TrainingRun) -> dict[str, Any]:
+    """Train a student into `config.output_dir`, resuming what an interrupted run of the same flags left there.
+
+    Returns the record of the finished run. Raises what can be mended as TeachOnceError, and KeyboardInterrupt after a
+    checkpoint was saved on Ctrl-C.
+    """
+    config, output_dir = run.config, Path(run.config.output_dir)
+    documents = CachedDocuments(run.cache, ids=config.mapped_weight > 0)
+    check_cache(documents.cache.manifest, run.expected or {}, run.cache)
+    identity = _identity(run, documents.cache.manifest)
+    if not begin(output_dir, identity):
+        say(config, f"{output_dir} holds the finished model of this very run: nothing to do")
+        return {"run": identity, "finished": True}
+    tokenizer = load_tokenizer(run.model_name_or_path)
+    if config.chat_template is not None:
+        tokenizer.chat_template = config.chat_template
+    collator = DistillationCollator(tokenizer, config, documents.cache)
+    comparison = compare(documents, collator) if config.kd_weight else None
+    if comparison is not None:
+        say(config, str(comparison))
+    model = load_model(run.model_name_or_path, run.dtype)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and config.max_length > limit:
+        raise ConfigError(
+            f"max_length is {config.max_length}, but {run.model_name_or_path} reads at most {limit} tokens"
+        )
+    stop = _StopOnInterrupt()
+    trainer = CachedDistillationTrainer(
+        model,
+        config,
+        documents,
+        tokenizer,
+        data_collator=collator,
+        comparison=comparison,
+        run=identity,
+        callbacks=[stop],
+    )
+    say(config, f"{len(documents)} documents, {trainer.batches.steps} steps of {trainer.batches.global_size} per epoch")
+    checkpoint = config.resume_from_checkpoint or last_whole_checkpoint(output_dir)
+    if checkpoint:
+        say(config, f"resuming from {checkpoint}")
+    if config.should_save:
+        write_record(output_dir, {"run": identity, "finished": False})
+    with stop.listening():
+        trainer.train(checkpoint)
+    if stop.interrupted and trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt
+    trainer.save_model()
+    trainer.save_state()
+    record = {"run": identity, "finished": True, "steps": trainer.state.global_step}
+    if comparison is not None:
+        record["comparison"] = asdict(comparison)
+    if config.should_save:
+        write_record(output_dir, record)
+    say(config, f"finished: {output_dir}")
+    return record
+
+
+def make_config(values: dict[str, Any]) -> DistillationConfig:
+    """Flags and config-file values, as strings or typed, to a `DistillationConfig`. Raises ConfigError."""
+    arguments: list[str] = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        arguments.append(f"--{name}")
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        if value is not True:
+            arguments += [str(item) for item in (value if isinstance(value, list) else [value])]
+    parser = HfArgumentParser(DistillationConfig, allow_abbrev=False)
+    parser.error = lambda message: Parser(prog="distill train").error(message)  # no usage of 150 flags, no exit
+    (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    return config
+
+
+def check_cache(manifest: Manifest, expected: dict[str, str], place: Path) -> None:
+    """Raises CacheMismatchError where the cache is not the one that the flags name."""
+    found = {
+        "cache_id": manifest.cache_id,
+        "teacher_name": manifest.teacher.get("name"),
+        "teacher_tokenizer_digest": manifest.tokenizer.get("digest"),
+    }
+    for name, value in expected.items():
+        if found[name] != value:
+            raise CacheMismatchError(
+                f"cache {place}: its {name} is {found[name]!r}, but --{name} names {value!r}: use the cache that was "
+                f"built with it, or correct --{name}"
+            )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Raises ConfigError where there is none; one without a fast backend is refused where its spans are needed."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the tokenizer of {name} cannot be loaded: {error}") from error
+
+
+def load_model(name: str, dtype: str) -> transformers.PreTrainedModel:
+    """A causal language model. Raises ConfigError where it cannot be loaded."""
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=wanted)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the model {name} cannot be loaded as a causal language model: {error}") from error
+
+
+def say(config: DistillationConfig, line: str) -> None:
+    """Tell the user, once per run whatever the number of ranks."""
+    if config.process_index == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _identity(run: TrainingRun, manifest: Manifest) -> dict[str, Any]:
+    config = run.config.to_dict()
+    documents_per_step = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
+    return {
+        "cache_id": manifest.cache_id,
+        "student": str(run.model_name_or_path),
+        "dtype": run.dtype,
+        **{name: config[name] for name in SAME_RUN},
+        "documents_per_step": documents_per_step * run.config.world_size,
+    }
+
+
+class _StopOnInterrupt(TrainerCallback):
+    """The first Ctrl-C ends the run after its step, with a checkpoint; the second at once."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        previous = signal.signal(signal.SIGINT, self._interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\ninterrupted: saving a checkpoint after this step; Ctrl-C again to stop at once", file=sys.stderr)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True

@@ -1,0 +1,251 @@
+"""`transformers.Trainer` on a cache: CE + ULD + mapped, exact under accumulation and ranks, resumable to the batch.
+
+Legend: R labels, N compared rows, V student vocabulary.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from distill.checkpoint import check_checkpoint, last_whole_checkpoint, remove_old_checkpoints, write_record
+from distill.collator import Batch, DistillationCollator
+from distill.comparison import Comparison, compare
+from distill.config import DistillationConfig
+from distill.dataset import CachedDocuments
+from distill.head import picked_logits
+from distill.losses import TeacherRows, mapped_loss, uld_loss
+from distill.progress import TokenProgress
+from distill.sampler import EpochBatches
+from storage_specs.errors import CheckpointError, NonFiniteLossError
+
+TERMS = ("ce", "uld", "mapped")
+COUNTS = ("labels", "pairs", "teacher_rows", "tokens")
+
+
+class CachedDistillationTrainer(Trainer):
+    """Trains a causal language model on a cache: ce_weight * CE + uld_weight * ULD + mapped_weight * mapped.
+
+    CE is divided by its labels and each teacher term by its compared rows, both counted over all micro-batches and
+    ranks of a step before the first backward; with `loss_normalization="samples"` both are means of documents' means.
+    Each term is logged apart, with the compared fractions. `run` says what makes this run itself (cache_id is added to
+    it): checkpoints record it, and one of another run is refused.
+
+    Takes what `transformers.Trainer` takes, without the arguments that say where data and losses come from. Raises
+    TokenizerError, ConfigError, AlignmentError (nothing to compare), CheckpointError, NonFiniteLossError (naming the
+    documents of the batch).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: DistillationConfig,
+        train_dataset: CachedDocuments,
+        processing_class: PreTrainedTokenizerBase,
+        *,
+        data_collator: DistillationCollator | None = None,
+        comparison: Comparison | None = None,
+        run: dict[str, Any] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+    ) -> None:
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # one process, one GPU: flattened batches cannot be scattered; torchrun uses them all
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or DistillationCollator(processing_class, args, train_dataset.cache),
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # The loss is divided by counts of the whole step: nothing is left for Trainer to divide by.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self.comparison = comparison
+        self.run = (run or {}) | {"cache_id": train_dataset.cache.manifest.cache_id}
+        self.batches = self._epoch_batches()
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
+        self.add_callback(_SetEpoch(self.batches))
+        self.add_callback(TokenProgress(self))
+        self.tokens_seen = 0
+        self._sums = torch.zeros(len(TERMS))
+        self._counts = torch.zeros(len(COUNTS), dtype=torch.float64)
+        self._steps_summed = 0
+
+    # ---- batches
+
+    def _epoch_batches(self) -> EpochBatches:
+        args = self.args
+        return EpochBatches(
+            self.train_dataset.documents_per_shard,
+            documents=args.per_device_train_batch_size,
+            micro_batches=args.gradient_accumulation_steps,
+            ranks=self.accelerator.num_processes,
+            rank=self.accelerator.process_index,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Not prepared by accelerate, which would shard and shuffle anew what `EpochBatches` has decided."""
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], torch.Tensor | None]:
+        """All micro-batches of a step, and what CE and the teacher's terms are divided by, summed over ranks."""
+        if self.state.global_step >= self.state.max_steps:  # resumed from the very last checkpoint: nothing is left
+            self.control.should_training_stop = True
+            return [], None
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.tensor(
+            [
+                [
+                    len(batch["label_index_R"]),
+                    len(batch.get("student_index_N", ())),
+                    batch["teacher_rows"],
+                    int(batch["attention_mask"].sum()),
+                ]
+                for batch in batches
+            ],
+            dtype=torch.float64,
+        ).sum(0)
+        weights = sum(
+            (self._weight_sums(batch) for batch in batches), torch.zeros(2, dtype=torch.float64)
+        )  # on the CPU still: no waiting for a GPU
+        counts, weights = self._over_ranks(counts), self._over_ranks(weights)
+        self.tokens_seen += int(counts[COUNTS.index("tokens")])
+        self._counts += counts
+        self._steps_summed += 1
+        return batches, weights.clamp(min=1).to(device, torch.float32)
+
+    def _over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        if self.accelerator.num_processes == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.args.device), "sum").cpu()
+
+    # ---- loss
+
+    def _row_weights(self, sample_R: torch.Tensor) -> torch.Tensor:
+        """(R,) float64: 1 per row, or with `samples` 1 per document, shared by its rows."""
+        if self.args.loss_normalization == "tokens":
+            return torch.ones(len(sample_R), dtype=torch.float64, device=sample_R.device)
+        rows_per_sample = torch.bincount(sample_R).clamp(min=1)
+        return 1 / rows_per_sample[sample_R].to(torch.float64)
+
+    def _weight_sums(self, batch: Batch) -> torch.Tensor:
+        """(2,) float64: the weights of a micro-batch's labels and compared rows."""
+        samples = (batch["label_sample_R"], batch.get("sample_N", batch["label_sample_R"][:0]))
+        return torch.stack([self._row_weights(sample).sum() for sample in samples])
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """This micro-batch's share of the step's loss (all of it where `num_items_in_batch` is None)."""
+        divisor = num_items_in_batch
+        if divisor is None:
+            divisor = self._weight_sums(inputs).clamp(min=1)
+        terms = self._terms(model, inputs) / divisor.to(inputs["input_ids"].device)[[0, 1, 1]]
+        weights = terms.new_tensor([self.args.ce_weight, self.args.uld_weight, self.args.mapped_weight])
+        loss = (weights * terms).sum()
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the loss is {loss.item()} at step {self.state.global_step} "
+                f"({', '.join(f'{name} {term:.4g}' for name, term in zip(TERMS, terms.tolist(), strict=True))}) in the "
+                f"batch of documents {', '.join(inputs['doc_ids'])}: lower --learning_rate or set --max_grad_norm, and "
+                "look at these documents; checkpoints before this step are intact"
+            )
+        self._sums = self._sums.to(terms.device) + terms.detach()
+        # DDP and FSDP average gradients over ranks, and the divisor is of all ranks already.
+        loss = loss * self.accelerator.num_processes
+        return (loss, {"terms": terms.detach()}) if return_outputs else loss
+
+    def _terms(self, model: torch.nn.Module, inputs: Batch) -> torch.Tensor:
+        """(3,) float32 weighted sums over rows: CE, ULD, mapped; terms of weight 0 are not computed."""
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        fed = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        logits_RV = picked_logits(model, head, fed, inputs["label_index_R"])
+        weight_R = self._row_weights(inputs["label_sample_R"]).float()
+        ce = (weight_R * cross_entropy(logits_RV.float(), inputs["label_ids_R"], reduction="none")).sum()
+        zero = ce.new_zeros(())
+        if not self.args.kd_weight:
+            return torch.stack([ce, zero, zero])
+        compared_N = torch.searchsorted(inputs["label_index_R"], inputs["student_index_N"])
+        logits_NV = logits_RV.index_select(0, compared_N)
+        weight_N = self._row_weights(inputs["sample_N"]).float()
+        teacher = TeacherRows(probs_NK=inputs["teacher_probs_NK"], tail_N=inputs["teacher_tail_N"])
+        uld, mapped = zero, zero
+        if self.args.uld_weight:
+            uld = uld_loss(logits_NV, teacher.probs_NK, teacher.tail_N, weight_N, reduction="sum")
+        if self.args.mapped_weight:
+            mapped = mapped_loss(logits_NV, teacher.probs_NK, inputs["words_NI"], weight_N, reduction="sum")
+        return torch.stack([ce, uld, mapped])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Beside Trainer's own: each term, and the compared fractions, since the last line."""
+        if "loss" in logs and self._steps_summed:
+            terms = self._over_ranks(self._sums.to(self.args.device)).cpu() / self._steps_summed
+            labels, pairs, teacher_rows, _ = self._counts.tolist()
+            weights = (self.args.ce_weight, self.args.uld_weight, self.args.mapped_weight)
+            logs |= {name: terms[n].item() for n, name in enumerate(TERMS) if weights[n] or name == "ce"}
+            if self.args.kd_weight:
+                logs["compared_student"] = pairs / max(1, labels)
+                logs["compared_teacher"] = pairs / max(1, teacher_rows)
+            logs["tokens"] = self.tokens_seen
+            self._sums, self._counts, self._steps_summed = torch.zeros_like(self._sums), 0 * self._counts, 0
+        super().log(logs, start_time)
+
+    # ---- checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        """As Trainer's; True resumes from the last checkpoint that was written to its end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(Path(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise CheckpointError(f"no whole checkpoint in {self.args.output_dir}: train without resuming")
+        if resume_from_checkpoint:
+            check_checkpoint(Path(resume_from_checkpoint), self.run)
+        if self.args.kd_weight and self.comparison is None:
+            self.comparison = compare(self.train_dataset, self.data_collator)
+        return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **options)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Trainer's, then the record that makes it whole; older ones are removed only after that."""
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = keep
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_record(folder, {"run": self.run, "step": self.state.global_step})
+            if keep:
+                remove_old_checkpoints(folder.parent, keep, self.state.best_model_checkpoint)
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the sampler its epoch from the step number, which is exact after resuming, mid-epoch or between epochs."""
+
+    def __init__(self, batches: EpochBatches) -> None:
+        self.batches = batches
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.batches.set_epoch(state.global_step // self.batches.steps)

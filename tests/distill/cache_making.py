@@ -1,0 +1,143 @@
+"""Small caches with random rows, and windows and documents from bare lists of rows, for this room's tests."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from storage_specs import CacheSettings, CacheWriter, Window, make_plan, render, token_bytes
+from storage_specs.document import CachedDocument, Message
+from storage_specs.vocabulary import Vocabulary, tokenizer_digest
+
+Row = tuple[int, int, int, int, bool]  # segment, byte_start, token_start, byte_end, is_end
+
+
+def _columns(rows: Sequence[Row]) -> list[np.ndarray]:
+    numbers = np.array([row[:4] for row in rows], dtype=np.int64).reshape(-1, 4)
+    return [*numbers.T, np.array([row[4] for row in rows], dtype=bool)]
+
+
+def window_of(rows: Sequence[Row], first: int = 0, count: int | None = None) -> Window:
+    """Rows `first`..`first + count` as one window whose i-th logits predict its i-th row."""
+    segment, byte_start, token_start, byte_end, is_end = _columns(rows)
+    part = slice(first, len(rows) if count is None else first + count)
+    row_in_segment = np.arange(len(rows)) - np.searchsorted(segment, segment)
+    size = len(segment[part])
+    return Window(
+        ids=np.arange(size + 1),
+        logits_index=np.arange(size),
+        target_ids=np.arange(1, size + 1),
+        segment=segment[part],
+        token_start=token_start[part],
+        byte_start=byte_start[part],
+        byte_end=byte_end[part],
+        is_end=is_end[part],
+        row_in_segment=row_in_segment[part],
+        first_row=first,
+    )
+
+
+def cached_document(rows: Sequence[Row], **more: Any) -> CachedDocument:
+    """Teacher rows at these coordinates, in a text of x's; `more` replaces fields."""
+    segment, byte_start, _, byte_end, is_end = _columns(rows)
+    count, size = len(rows), int(byte_end.max(initial=0))
+    fields: dict[str, Any] = {
+        "kind": "text",
+        "text": "x" * size,
+        "messages": (Message(role="text", byte_start=0, byte_end=size, scored=True),),
+        "segment": segment,
+        "byte_start": byte_start,
+        "byte_end": byte_end,
+        "is_end": is_end,
+        "gold_logprob": np.full(count, -1.0, dtype=np.float32),
+        "tail_mass": np.full(count, 0.25, dtype=np.float32),
+        "probs": np.tile(np.array([[0.5, 0.25]], dtype=np.float32), (count, 1)),
+    }
+    return CachedDocument(**(fields | more))
+
+
+def random_rows_for(sequence: Any, document: Any, k: int, k_ids: int, vocab_size: int, seed: int) -> CachedDocument:
+    """A document with random distributions at the coordinates of `sequence`'s scored tokens (those with a prefix)."""
+    random = np.random.default_rng(seed)
+    scored = sequence.scored.copy()
+    if not len(sequence.prefix_ids):
+        scored[0] = False
+    rows = int(scored.sum())
+    probs_TU = random.dirichlet(np.full(vocab_size, 0.05), size=rows).astype(np.float32)
+    order_TU = np.argsort(-probs_TU, axis=1)
+    probs_TK = np.take_along_axis(probs_TU, order_TU, axis=1)[:, :k]
+    return CachedDocument(
+        kind=document.kind,
+        text=document.text,
+        messages=document.messages,
+        metadata=document.metadata,
+        segment=sequence.segment[scored],
+        byte_start=sequence.byte_start[scored],
+        byte_end=sequence.byte_end[scored],
+        is_end=sequence.is_end[scored],
+        gold_logprob=np.log(random.uniform(0.01, 0.9, rows)).astype(np.float32),
+        tail_mass=np.clip(1 - probs_TK.sum(1), 0, 1).astype(np.float32),
+        probs=probs_TK,
+        token_ids=order_TU[:, :k_ids].astype(np.int64) if k_ids else None,
+    )
+
+
+def write_cache(
+    path: Path,
+    documents: Sequence[Any],
+    teacher_tokenizer: Any,
+    *,
+    k: int = 8,
+    k_ids: int = 4,
+    vocab_size: int = 300,
+    documents_per_shard: int = 4,
+    teacher_name: str = "tiny-teacher",
+) -> Path:
+    """A finished cache of these documents: coordinates of `teacher_tokenizer`, random rows over 300 words."""
+    cached = [
+        random_rows_for(render(teacher_tokenizer, document), document, k, k_ids, vocab_size, seed)
+        for seed, document in enumerate(documents)
+    ]
+    # Words from the middle of the vocabulary, so that most have a student word; id 0 plays EOS.
+    words = [b"<eos>", *token_bytes(teacher_tokenizer)[5000 : 5000 + vocab_size - 1]]
+    settings = CacheSettings(
+        teacher={"name": teacher_name},
+        tokenizer={"digest": tokenizer_digest(teacher_tokenizer)},
+        chat_template=None,
+        engine={"name": "random"},
+        k=k,
+        k_ids=k_ids,
+        vocab_size=vocab_size,
+        windows={"max_model_len": 512, "overlap": 64},
+        vocabulary=Vocabulary(token_bytes=words, special_roles={0: "eos"}) if k_ids else None,
+    )
+    plan = make_plan(cached, documents_per_shard)
+    writer = CacheWriter(path, settings, plan)
+    for shard, members in enumerate(plan.shards):
+        writer.write_shard(shard, [cached[number] for number in members])
+    writer.finalize()
+    return path
+
+
+def tiny_student(path: Path, tokenizer: Any, seed: int = 0) -> Path:
+    """A random two-layer Llama with `tokenizer`, as a Hugging Face folder."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path

@@ -1,0 +1,202 @@
+"""`distill` as a process: help without torch, one-line errors, interruption at any time, the same command resumes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from distill.checkpoint import RECORD, last_whole_checkpoint
+from distill.main import main
+from distill.train import make_config
+from storage_specs import open_cache
+from storage_specs.command_line import run
+from storage_specs.errors import (
+    CacheMismatchError,
+    CheckpointError,
+    ConfigError,
+    NotACacheError,
+    OutputFolderError,
+    TokenizerError,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(cache_path, student_path, output_dir, *more: str) -> list[str]:
+    return [
+        *("train", "--model_name_or_path", str(student_path), "--cache", str(cache_path)),
+        *("--output-dir", str(output_dir), "--max-length", "48", "--per_device_train_batch_size", "2"),
+        *(
+            "--max_steps",
+            "30",
+            "--save_steps",
+            "3",
+            "--learning_rate",
+            "1e-2",
+            "--seed",
+            "7",
+            "--use_cpu",
+            "--logging_steps",
+            "1",
+            *more,
+        ),
+    ]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"]], ids=str)
+def test_help_imports_nothing_heavy(arguments):
+    code = f"import sys; from distill.main import main\ntry: main({arguments!r})\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'transformers', 'numpy', 'pyarrow', 'zarr'} & set(sys.modules), sys.modules"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "distill" in done.stdout
+
+
+def test_train_evaluate_and_train_again(cache_path, student_path, tmp_path, capsys):
+    out = tmp_path / "student"
+    flags = command(cache_path, student_path, out, "--max_steps=3", "--mapped_weight", "0.5")
+    assert main(flags) == 0
+    text = capsys.readouterr().err
+    assert "of the teacher's rows" in text
+    assert "find a student word" in text
+    record = json.loads((out / RECORD).read_bytes())
+    assert record["finished"]
+    assert record["steps"] == 3
+    assert record["run"]["cache_id"] == open_cache(cache_path).manifest.cache_id
+    assert (out / "tokenizer.json").exists()
+    before = (out / "model.safetensors").read_bytes()
+    assert main(flags) == 0
+    assert "nothing to do" in capsys.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == before
+    models = ["--model", f"before={student_path}", "--model", f"after={out}", "--max_length", "64"]
+    assert main(["evaluate", "--cache", str(cache_path), *models, "--output_file", str(tmp_path / "e.json")]) == 0
+    figures = json.loads((tmp_path / "e.json").read_text())
+    assert figures["after"]["bits_per_byte"] < figures["before"]["bits_per_byte"]
+    assert "bits/byte" in capsys.readouterr().out
+
+
+def test_errors_come_before_the_model_is_loaded(cache_path, student_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.train.load_model", lambda *_: pytest.fail("the model was loaded"))
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("precious")
+
+    def flags(*more: str, cache=cache_path, out=tmp_path / "out") -> list[str]:
+        return command(cache, student_path, out, *more)
+
+    for error, words, arguments in [
+        (CacheMismatchError, "teacher_name", flags("--teacher-name", "another")),
+        (CacheMismatchError, "cache_id", flags("--cache_id", "0" * 64)),
+        (CacheMismatchError, "teacher_tokenizer_digest", flags("--teacher_tokenizer_digest", "0")),
+        (NotACacheError, "nowhere", flags(cache=tmp_path / "nowhere")),
+        (OutputFolderError, "thesis.tex", flags(out=foreign)),
+        (ConfigError, "learning_rate", flags("--lerning_rate", "1")),
+        (ConfigError, "bananas", flags("--max_steps", "bananas")),
+        (ConfigError, "dtype", flags("--dtype", "int3")),
+        (ConfigError, "chat_template", flags("--chat-template", str(tmp_path / "none.jinja"))),
+        (ConfigError, "unknown command", ["trian"]),
+        (ConfigError, "NAME=MODEL", ["evaluate", "--cache", str(cache_path), "--model", "x"]),
+    ]:
+        with pytest.raises(error, match=words):
+            main(arguments)
+    assert (foreign / "thesis.tex").read_text() == "precious"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_slow_tokenizer_is_refused(cache_path, tmp_path, monkeypatch):
+    from transformers import ByT5Tokenizer
+
+    monkeypatch.setattr("distill.train.load_tokenizer", lambda name: ByT5Tokenizer())
+    with pytest.raises(TokenizerError, match="fast"):
+        main(command(cache_path, "any", tmp_path / "out"))
+
+
+def test_another_run_in_the_same_folder_is_refused(cache_path, student_path, tmp_path, capsys):
+    assert main(command(cache_path, student_path, tmp_path, "--max_steps", "1")) == 0
+    with pytest.raises(CheckpointError, match=r"uld_weight 1\.5, now 0\.0"):
+        main(command(cache_path, student_path, tmp_path, "--max_steps", "1", "--uld_weight", "0"))
+
+
+def test_errors_are_one_line_and_exit_code_2(cache_path, student_path, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        run(main, command(cache_path, student_path, tmp_path, "--align", "merge"))
+    assert left.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_values_are_typed_as_training_arguments_are(tmp_path):
+    config = make_config(
+        {
+            "output_dir": str(tmp_path),
+            "bf16": "false",
+            "learning_rate": "3e-4",
+            "report_to": ["none"],
+            "chat_template_kwargs": {"enable_thinking": "false"},
+            "gradient_checkpointing": True,
+            "use_cpu": True,
+            "warmup_steps": 7,
+            "run_name": None,
+        }
+    )
+    assert (config.bf16, config.learning_rate, config.warmup_steps) == (False, 3e-4, 7)
+    assert config.gradient_checkpointing
+    assert config.report_to == []
+    assert config.chat_template_kwargs == {"enable_thinking": False}
+    assert not config.remove_unused_columns
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "distill", *arguments], env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+
+
+def wait_for(condition, process, seconds=300):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < until, "nothing happened"
+        time.sleep(0.02)
+
+
+def test_sigkill_and_ctrl_c_lose_nothing(cache_path, student_path, tmp_path):
+    """Killed after its first checkpoint, then interrupted, then left alone: the weights of a run that was not."""
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert main(command(cache_path, student_path, straight)) == 0
+
+    with start(command(cache_path, student_path, stopped)) as process:
+        wait_for(lambda: last_whole_checkpoint(stopped) is not None, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not json.loads((stopped / RECORD).read_bytes())["finished"]
+    # A checkpoint that the kill left half-written: newer than all, and without its record.
+    (stopped / "checkpoint-29").mkdir()
+    (stopped / "checkpoint-29" / "model.safetensors").write_bytes(b"half")
+
+    whole = last_whole_checkpoint(stopped)
+    lines = []
+    with start(command(cache_path, student_path, stopped)) as process:
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith("step "):
+                process.send_signal(signal.SIGINT)
+                break
+        _, rest = process.communicate(timeout=300)
+    assert f"resuming from {whole}" in "".join(lines)
+    assert process.returncode == 130, rest
+    assert "saving a checkpoint" in rest
+
+    assert main(command(cache_path, student_path, stopped)) == 0
+    expected, found = (load_file(folder / "model.safetensors") for folder in (straight, stopped))
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert value.equal(found[name]), name

@@ -1,0 +1,207 @@
+"""The Trainer: exact weighting under accumulation, exact resuming, logs, and errors that name their cause."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from reference_losses import cached_uld, mapped
+from training import trainer, weights
+
+from distill.checkpoint import RECORD, last_whole_checkpoint
+from storage_specs.errors import AlignmentError, CheckpointError, ConfigError, NonFiniteLossError
+
+WEIGHTS = {"ce_weight": 0.5, "uld_weight": 1.5, "mapped_weight": 0.7}
+
+
+@pytest.mark.parametrize("normalization", ["tokens", "samples"])
+def test_loss_is_its_definition(cache_path, student_path, tmp_path, normalization):
+    one = trainer(cache_path, student_path, tmp_path, loss_normalization=normalization, **WEIGHTS)
+    batch = one.data_collator([one.train_dataset[n] for n in (0, 5, 9)])
+    loss = one.compute_loss(one.model, batch)
+    logits_PV = one.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.flatten(0, 1)
+    ce_R = torch.nn.functional.cross_entropy(
+        logits_PV[batch["label_index_R"]].double(), batch["label_ids_R"], reduction="none"
+    )
+    at_NV = logits_PV[batch["student_index_N"]]
+    uld_N = cached_uld(at_NV, batch["teacher_probs_NK"], batch["teacher_tail_N"])
+    mapped_N = mapped(at_NV, batch["teacher_probs_NK"], batch["words_NI"])
+
+    def mean(values, samples):
+        if normalization == "tokens":
+            return values.mean()
+        return torch.stack([values[samples == sample].mean() for sample in samples.unique()]).mean()
+
+    expected = (
+        0.5 * mean(ce_R, batch["label_sample_R"])
+        + 1.5 * mean(uld_N, batch["sample_N"])
+        + 0.7 * mean(mapped_N, batch["sample_N"])
+    )
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalization", ["tokens", "samples"])
+def test_accumulation_changes_nothing(cache_path, student_path, tmp_path, normalization):
+    """8 documents of unequal lengths at once, or one by one: the same loss, the same weights after three steps."""
+    options = {"loss_normalization": normalization, "optim": "sgd", **WEIGHTS}
+    runs = []
+    for size, steps in ((8, 1), (2, 4), (1, 8)):
+        one = trainer(
+            cache_path,
+            student_path,
+            tmp_path / str(size),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            **options,
+        )
+        one.train()
+        runs.append((weights(one), [line["loss"] for line in one.state.log_history if "loss" in line]))
+    for other, losses in runs[1:]:
+        assert losses == pytest.approx(runs[0][1], rel=1e-5)
+        for name, value in runs[0][0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_log_tells_each_term_apart(cache_path, student_path, tmp_path):
+    one = trainer(cache_path, student_path, tmp_path, logging_steps=3, **WEIGHTS)
+    one.train()
+    (line,) = [line for line in one.state.log_history if "loss" in line]
+    assert line["loss"] == pytest.approx(0.5 * line["ce"] + 1.5 * line["uld"] + 0.7 * line["mapped"], rel=1e-4)
+    assert 0 < line["compared_student"] <= 1
+    assert 0 < line["compared_teacher"] <= 1
+    assert line["tokens"] == one.tokens_seen > 0
+    assert one.comparison.pairs > 0
+    assert "of the teacher's rows" in str(one.comparison)
+    assert "find a student word" in str(one.comparison)
+
+
+def recorded(one):
+    """Record every batch that a trainer feeds, as (input_ids, doc_ids)."""
+    batches, original = [], one.compute_loss
+
+    def compute_loss(model, inputs, *args, **kwargs):
+        batches.append((inputs["input_ids"].clone(), list(inputs["doc_ids"])))
+        return original(model, inputs, *args, **kwargs)
+
+    one.compute_loss = compute_loss
+    return batches
+
+
+@pytest.mark.parametrize("stops", [[2], [3, 4, 5, 7, 8]], ids=str)
+def test_resuming_is_as_if_nothing_had_happened(cache_path, student_path, tmp_path, stops):
+    """4 or 5 steps per epoch, 9 in all: stops mid-epoch, at an epoch's end, and several in a row."""
+    options = {
+        "max_steps": 9,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+        "lr_scheduler_type": "cosine",
+        "save_total_limit": 2,
+    }
+    straight = trainer(cache_path, student_path, tmp_path / "straight", **options)
+    expected = recorded(straight)
+    straight.train()
+    assert straight.batches.steps in (4, 5)
+    seen = []
+    for stop in [*stops, None]:
+        one = trainer(cache_path, student_path, tmp_path / "stopped", **options)
+        batches = recorded(one)
+        if stop is not None:
+            one.add_callback(stop_at(stop))
+        one.train(resume_from_checkpoint=last_whole_checkpoint(tmp_path / "stopped"))
+        seen += batches
+    assert len(seen) == len(expected) == 18
+    for (ids, documents), (expected_ids, expected_documents) in zip(seen, expected, strict=True):
+        assert documents == expected_documents
+        assert torch.equal(ids, expected_ids)
+    for name, value in weights(straight).items():
+        assert torch.equal(weights(one)[name], value), name
+    assert len(list((tmp_path / "stopped").glob("checkpoint-*"))) == 2
+
+
+def stop_at(step):
+    from transformers import TrainerCallback
+
+    class StopAt(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop = state.global_step >= step
+
+    return StopAt()
+
+
+def test_resuming_from_the_very_last_checkpoint_takes_no_further_step(cache_path, student_path, tmp_path):
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    first = trainer(cache_path, student_path, tmp_path, **options)
+    first.train()
+    again = trainer(cache_path, student_path, tmp_path, **options)
+    batches = recorded(again)
+    again.train(resume_from_checkpoint=True)
+    assert batches == []
+    assert again.state.global_step == 3
+    for name, value in weights(first).items():
+        assert torch.equal(weights(again)[name], value)
+
+
+def test_checkpoints_of_another_cache_or_half_written_are_refused(cache_path, chat_cache_path, student_path, tmp_path):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2}
+    trainer(cache_path, student_path, tmp_path, **options).train()
+    other = trainer(chat_cache_path, student_path, tmp_path, **options)
+    with pytest.raises(CheckpointError, match="cache_id"):
+        other.train(resume_from_checkpoint=True)
+    (tmp_path / "checkpoint-2" / RECORD).unlink()
+    assert last_whole_checkpoint(tmp_path).name == "checkpoint-1"
+    same = trainer(cache_path, student_path, tmp_path, **options)
+    with pytest.raises(CheckpointError, match="not written to its end"):
+        same.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        same.train(resume_from_checkpoint=True)
+
+
+def test_checkpoint_record_names_the_cache(cache_path, student_path, tmp_path):
+    one = trainer(cache_path, student_path, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    one.train()
+    record = json.loads((tmp_path / "checkpoint-1" / RECORD).read_bytes())
+    assert record["run"]["cache_id"] == one.train_dataset.cache.manifest.cache_id
+
+
+def test_nan_names_the_documents(cache_path, student_path, tmp_path):
+    one = trainer(cache_path, student_path, tmp_path)
+    batches = recorded(one)
+    with torch.no_grad():
+        one.model.get_input_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteLossError) as error:
+        one.train()
+    assert all(doc_id in str(error.value) for doc_id in batches[0][1])
+
+
+def test_nothing_to_compare_is_an_error(cache_path, student_path, tmp_path, monkeypatch):
+    import distill.collator
+
+    nothing = torch.zeros(0, dtype=torch.int64).numpy()
+    monkeypatch.setattr(distill.collator, "align", lambda document, window, mode: (nothing, nothing))
+    with pytest.raises(AlignmentError, match="positional"):
+        trainer(cache_path, student_path, tmp_path).train()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"align": "merge"},
+        {"loss_normalization": "words"},
+        {"uld_weight": -1.0},
+        {"ce_weight": 0.0, "uld_weight": 0.0},
+        {"max_length": 1},
+        {"window_overlap": 48},
+        {"dataloader_num_workers": 2},
+        {"remove_unused_columns": True},
+        {"eval_strategy": "steps"},
+        {"save_strategy": "sometimes"},
+        {"per_device_train_batch_size": 100},
+    ],
+    ids=str,
+)
+def test_impossible_settings(cache_path, student_path, tmp_path, wrong):
+    with pytest.raises(ConfigError, match=r"\w"):
+        trainer(cache_path, student_path, tmp_path, **wrong)

@@ -1,0 +1,38 @@
+"""A trainer on the tiny cache, for tests."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from distill import CachedDistillationTrainer, CachedDocuments, DistillationConfig
+
+load_tokenizer = cache(AutoTokenizer.from_pretrained)
+
+
+def config(output_dir: Path, **options: Any) -> DistillationConfig:
+    defaults: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "max_length": 48,
+        "per_device_train_batch_size": 4,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return DistillationConfig(**(defaults | options))
+
+
+def trainer(cache_path: Path, student_path: Path, output_dir: Path, **options: Any) -> CachedDistillationTrainer:
+    args = config(output_dir, **options)
+    model = AutoModelForCausalLM.from_pretrained(student_path, dtype=torch.float32)
+    documents = CachedDocuments(cache_path, ids=args.mapped_weight > 0)
+    return CachedDistillationTrainer(model, args, documents, load_tokenizer(student_path))
+
+
+def weights(one: CachedDistillationTrainer) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in one.model.state_dict().items()}

@@ -1,0 +1,50 @@
+"""The losses as their definitions read: float64, one position at a time, full sorts. Benchmarks import them too."""
+
+import torch
+
+
+def full_uld(student_logits_NV: torch.Tensor, teacher_probs_NU: torch.Tensor) -> torch.Tensor:
+    """(N,) sum_i |p_(i) - q_(i)| over whole vocabularies, the smaller one zero-padded."""
+    losses = []
+    for logits_V, probs_U in zip(student_logits_NV.double(), teacher_probs_NU.double(), strict=True):
+        q = logits_V.softmax(0).sort(descending=True).values
+        p = probs_U.sort(descending=True).values
+        size = max(len(p), len(q))
+        p = torch.cat([p, p.new_zeros(size - len(p))])
+        q = torch.cat([q, q.new_zeros(size - len(q))])
+        losses.append((p - q).abs().sum())
+    return torch.stack(losses)
+
+
+def cached_uld(
+    student_logits_NV: torch.Tensor, teacher_probs_NK: torch.Tensor, teacher_tail_N: torch.Tensor
+) -> torch.Tensor:
+    """(N,) head + |T - S|, by a full sort of the student's probabilities."""
+    losses = []
+    for logits_V, probs_K, tail in zip(student_logits_NV.double(), teacher_probs_NK, teacher_tail_N, strict=True):
+        q = logits_V.softmax(0).sort(descending=True).values
+        k = len(probs_K)
+        head_q = torch.cat([q[:k], q.new_zeros(max(0, k - len(q)))])
+        losses.append((probs_K.double() - head_q).abs().sum() + (tail.double() - q[k:].sum()).abs())
+    return torch.stack(losses)
+
+
+def mapped(student_logits_NV: torch.Tensor, teacher_probs_NK: torch.Tensor, words_NI: torch.Tensor) -> torch.Tensor:
+    """(N,) the divergence on student words with a bucket for the rest, as a dictionary of words."""
+    losses = []
+    for logits_V, probs_K, words_I in zip(student_logits_NV.double(), teacher_probs_NK.double(), words_NI, strict=True):
+        q = logits_V.softmax(0)
+        mass: dict[int, torch.Tensor] = {}
+        for rank, word in enumerate(words_I.tolist()):
+            if word >= 0:
+                mass[word] = mass.get(word, 0.0) + probs_K[rank]
+        loss = q.new_zeros(())
+        for word, p in mass.items():
+            if p > 0:
+                loss = loss + p * (p.log() - q[word].log())
+        unmapped = 1 - sum(mass.values(), q.new_zeros(()))
+        complement = 1 - sum((q[word] for word in mass), q.new_zeros(()))
+        if unmapped > 1e-12:
+            loss = loss + unmapped * (unmapped.log() - complement.clamp(min=1e-6).log())
+        losses.append(loss)
+    return torch.stack(losses)
