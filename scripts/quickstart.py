@@ -101,6 +101,7 @@ def main() -> None:
     stages, out = Stages(), options.output
     (out / "arms").mkdir(parents=True, exist_ok=True)
 
+    print(f"== models and text: made once under {demo_assets.home()}", flush=True)
     started = time.perf_counter()
     teacher = options.teacher or str(demo_assets.gemma_path())
     student = options.student or str(demo_assets.smollm2_path())
