@@ -94,7 +94,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--min_bytes", type=int, default=400, help="shorter passages are passed over (default: 400)")
     parser.add_argument("--steps", type=int, default=30, help="optimisation steps of each arm (default: 30)")
-    # Six Wikipedia passages of at least 400 bytes: 704 tokens in the shortest step of the default run.
+    # Six Wikipedia passages of at least 400 bytes: over 512 tokens in every step of the default run.
     parser.add_argument("--documents_per_step", type=int, default=6, help="global batch size (default: 6)")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="peak, the same for all arms (default: 1e-3)")
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="(default: runs/quickstart)")
