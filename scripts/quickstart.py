@@ -13,7 +13,6 @@ Writes runs/quickstart/{cache,arms/<arm>,model,evaluation.json}; a second run re
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 
 import demo_assets
 
+SCRIPTS = Path(__file__).parent
 ARMS = {
     "ce_only": {"uld_weight": 0},
     "uld": {"uld_weight": 1.5, "align": "boundary"},
@@ -37,49 +37,24 @@ class Stages:
         self.rows: list[tuple[str, float, float]] = []
 
     def run(self, name: str, *command: str) -> None:
-        print(f"\n== {name}: {' '.join(command)}", flush=True)
+        """`python COMMAND`. Stages are processes of their own: this one stays small, so that their peaks are theirs."""
+        print(f"\n== {name}: python {' '.join(command)}", flush=True)
         started = time.perf_counter()
-        process = subprocess.Popen([sys.executable, "-m", *command])
+        process = subprocess.Popen([sys.executable, *command])
         try:
             _, status, usage = os.wait4(process.pid, 0)
         except KeyboardInterrupt:
             process.wait()
             sys.exit(130)
-        self.add(name, time.perf_counter() - started, usage.ru_maxrss)
+        unit = 2**30 if sys.platform == "darwin" else 2**20
+        self.rows.append((name, time.perf_counter() - started, usage.ru_maxrss / unit))
         if code := os.waitstatus_to_exitcode(status):
             sys.exit(f"error: {name} failed with exit code {code}; mend its cause and run the same command to resume")
-
-    def add(self, name: str, seconds: float, maxrss: int) -> None:
-        unit = 2**30 if sys.platform == "darwin" else 2**20
-        self.rows.append((name, seconds, maxrss / unit))
 
     def table(self) -> str:
         lines = [f"{'stage':<18} {'seconds':>8} {'peak GiB':>9}"]
         lines += [f"{name:<18} {seconds:>8.0f} {gib:>9.1f}" for name, seconds, gib in self.rows]
         return "\n".join([*lines, f"{'total':<18} {sum(row[1] for row in self.rows):>8.0f}"])
-
-
-def cut_student(student: str, layers: int, output: Path) -> Path:
-    """The first `layers` layers of a student, with its tokenizer, as an ordinary model folder (0 = all of them)."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
-
-    # The report of weights that were not loaded is the purpose here, and the bars would only blink.
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    made_from = {"student": student, "layers": layers}
-    record = output / "made_from.json"
-    if record.exists() and json.loads(record.read_text(encoding="utf8")) != made_from:
-        sys.exit(f"error: {output} holds another student: {record.read_text(encoding='utf8')}; choose another --output")
-    if not record.exists():
-        keep = {"num_hidden_layers": layers} if layers else {}
-        model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32, **keep)
-        scratch = output.with_name(f".{output.name}")
-        model.save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(student).save_pretrained(scratch)
-        (scratch / record.name).write_text(json.dumps(made_from), encoding="utf8")
-        scratch.rename(output)
-    return output
 
 
 def arguments() -> argparse.Namespace:
@@ -106,13 +81,15 @@ def main() -> None:
     stages, out = Stages(), options.output
     (out / "arms").mkdir(parents=True, exist_ok=True)
 
-    print(f"== models and text: made once under {demo_assets.home()}", flush=True)
-    started = time.perf_counter()
+    chosen = {"teacher": options.teacher, "student": options.student, "text": options.corpus}
+    if missing := [name for name, choice in chosen.items() if choice is None]:
+        stages.run("models and text", str(SCRIPTS / "demo_assets.py"), *missing)
     teacher = options.teacher or str(demo_assets.gemma_path())
     student = options.student or str(demo_assets.smollm2_path())
     corpus = options.corpus or str(demo_assets.wikipedia_path())
-    before = cut_student(student, options.student_layers, out / "before")
-    stages.add("models and text", time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    before = out / "before"
+    layers = str(options.student_layers)
+    stages.run("cut student", str(SCRIPTS / "cut_student.py"), student, str(before), "--layers", layers)
 
     cache = str(out / "cache")
     build = {
@@ -126,9 +103,9 @@ def main() -> None:
         "min_bytes": options.min_bytes,
         "max_documents": options.documents,
     }
-    stages.run("build", "cache_builder", "build", *flags(build))
-    stages.run("verify", "cache_builder", "verify", cache)
-    stages.run("inspect", "cache_builder", "inspect", cache)
+    stages.run("build", "-m", "cache_builder", "build", *flags(build))
+    stages.run("verify", "-m", "cache_builder", "verify", cache)
+    stages.run("inspect", "-m", "cache_builder", "inspect", cache)
     for arm, weights in ARMS.items():
         train = {
             "model_name_or_path": before,
@@ -145,14 +122,14 @@ def main() -> None:
             "save_steps": 20,
             "save_total_limit": 1,
         }
-        stages.run(f"train {arm}", "distill", "train", *flags(train))
+        stages.run(f"train {arm}", "-m", "distill", "train", *flags(train))
     shutil.copytree(
         out / "arms" / "uld", out / "model", dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint-*")
     )
     evaluation = out / "evaluation.json"
     models = [f"before={before}", *(f"{arm}={out / 'arms' / arm}" for arm in ARMS)]
     named = [word for model in models for word in ("--model", model)]
-    stages.run("evaluate", "distill", "evaluate", "--cache", cache, *named, "--output_file", str(evaluation))
+    stages.run("evaluate", "-m", "distill", "evaluate", "--cache", cache, *named, "--output_file", str(evaluation))
 
     print(f"\n{stages.table()}\n\ncache: {cache}\nmodel: {out / 'model'}\nevaluation: {evaluation}")
     scores = {name: row["bits_per_byte"] for name, row in json.loads(evaluation.read_text(encoding="utf8")).items()}
