@@ -117,7 +117,7 @@ def uld_loss(
         student_logits_NV = student_logits_NV / student_temperature
     teacher = TeacherRows(probs_NK=teacher_probs_NK, tail_N=teacher_tail_N, bins_NJ=teacher_bins_NJ)
     losses = row_losses(student_logits_NV, teacher=teacher, rank_edges=rank_edges, impl=impl)
-    loss = _reduce(losses.uld_N, weight_N, reduction, normalizer)
+    loss = reduce_rows(losses.uld_N, weight_N, reduction, normalizer)
     return (loss, Certificate(losses.lower_N, losses.upper_N)) if return_certificate else loss
 
 
@@ -143,10 +143,10 @@ def mapped_loss(
     """
     teacher = TeacherRows(probs_NK=teacher_probs_NK, tail_N=1 - teacher_probs_NK.sum(1))
     losses = row_losses(student_logits_NV, teacher=teacher, uld=False, words_NI=words_NI, impl=impl)
-    return _reduce(losses.mapped_N, weight_N, reduction, normalizer)
+    return reduce_rows(losses.mapped_N, weight_N, reduction, normalizer)
 
 
-def _reduce(
+def reduce_rows(
     loss_N: torch.Tensor,
     weight_N: torch.Tensor | None,
     reduction: Reduction,

@@ -57,8 +57,10 @@ def train_parser() -> Parser:
     add(
         "--align",
         metavar="MODE",
-        help="boundary = same byte in both tokenisations | positional = i-th with i-th (boundary)",
+        help="boundary = same byte in both tokenisations | positional = i-th with i-th | merge = groups of tokens over "
+        "the same bytes, by the chain rule (boundary)",
     )
+    add("--skip_numerals", action="store_true", help="leave the teacher's rows before decimal digits out")
     add(
         "--loss_normalization",
         metavar="N",

@@ -21,6 +21,7 @@ from distill.config import DistillationConfig
 from distill.dataset import CachedDocuments
 from distill.head import picked_logits
 from distill.losses import TeacherRows, mapped_loss, uld_loss
+from distill.merged import log_scale_of, merged_uld_loss
 from distill.progress import TokenProgress
 from distill.sampler import EpochBatches
 from storage_specs.errors import CheckpointError, NonFiniteLossError
@@ -182,6 +183,8 @@ class CachedDistillationTrainer(Trainer):
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         fed = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         logits_RV = picked_logits(model, head, fed, inputs["label_index_R"])
+        if self.args.align == "merge" and self.args.kd_weight:
+            return self._merged_terms(logits_RV, inputs)
         weight_R = self._row_weights(inputs["label_sample_R"]).float()
         ce = (weight_R * cross_entropy(logits_RV.float(), inputs["label_ids_R"], reduction="none")).sum()
         zero = ce.new_zeros(())
@@ -197,6 +200,22 @@ class CachedDistillationTrainer(Trainer):
         if self.args.mapped_weight:
             mapped = mapped_loss(logits_NV, teacher.probs_NK, inputs["words_NI"], weight_N, reduction="sum")
         return torch.stack([ce, uld, mapped])
+
+    def _merged_terms(self, logits_RV: torch.Tensor, inputs: Batch) -> torch.Tensor:
+        """As `_terms`, with groups for rows: CE's own log-probabilities are the factors of a group."""
+        nats_R = cross_entropy(logits_RV.float(), inputs["label_ids_R"], reduction="none")
+        earlier_M = torch.searchsorted(inputs["label_index_R"], inputs["earlier_index_M"])
+        last_N = torch.searchsorted(inputs["label_index_R"], inputs["student_index_N"])
+        uld, _ = merged_uld_loss(
+            logits_RV.index_select(0, last_N),
+            log_scale_of(-nats_R[earlier_M], inputs["earlier_group_M"], len(last_N)),
+            inputs["teacher_probs_NK"],
+            inputs["teacher_tail_N"],
+            self._row_weights(inputs["sample_N"]).float(),
+            reduction="sum",
+        )
+        ce = (self._row_weights(inputs["label_sample_R"]).float() * nats_R).sum()
+        return torch.stack([ce, uld, ce.new_zeros(())])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Beside Trainer's own: each term, and the compared fractions, since the last line."""
