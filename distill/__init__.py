@@ -12,11 +12,14 @@ _HOME_OF = {
     "DistillationCollator": "collator",
     "DistillationConfig": "config",
     "EpochBatches": "sampler",
-    "TeacherRows": "losses",
+    "TeacherRows": "teacher_rows",
     "WordMap": "word_map",
     "align": "alignment",
     "map_words": "word_map",
+    "linear_uld_loss": "linear",
     "mapped_loss": "losses",
+    "row_losses": "fused",
+    "tempered": "temperature",
     "uld_loss": "losses",
 }
 __all__ = sorted(_HOME_OF)

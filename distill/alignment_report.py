@@ -103,9 +103,10 @@ class Report:
         rank_T = 1 + (document.probs > gold_T[:, None] * 1.001).sum(1)
         bucket_T = np.searchsorted(GOLD_RANKS, rank_T)
         for bucket, count in zip(*np.unique(bucket_T, return_counts=True), strict=True):
-            limit = GOLD_RANKS[bucket] if bucket < len(GOLD_RANKS) else None
-            within = limit is not None and limit <= self.k
-            self.gold_ranks[f"<= {limit}" if within else f"> {min(self.k, GOLD_RANKS[-1])}"] += int(count)
+            last = GOLD_RANKS[bucket] if bucket < len(GOLD_RANKS) else 0
+            first = GOLD_RANKS[bucket - 1] + 1 if bucket else 1
+            inside = str(last) if first == last else f"{first}-{last}"
+            self.gold_ranks[inside if 0 < last <= self.k else f"over {first - 1}"] += int(count)
 
     def _add_groups(self, document: CachedDocument, window: Window) -> int:
         """Returns the document's bytes in one-to-one groups."""
@@ -255,8 +256,7 @@ def verdict(facts: dict[str, Any]) -> str:
 
 
 def _rank_order(item: tuple[str, int]) -> tuple[bool, int]:
-    sign, number = item[0].split()
-    return sign == ">", int(number)
+    return item[0].startswith("over"), int(item[0].removeprefix("over ").partition("-")[0])
 
 
 def _shown(data: bytes) -> str:

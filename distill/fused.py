@@ -8,7 +8,7 @@ Legend: N rows, V student words, K ranks, I mapped words, J tail bins.
 
 import importlib.util
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -55,19 +55,21 @@ def row_losses(
     head + |T - S|. words_NI: (N, I) int64, as for `mapped_loss`. impl: None = triton on CUDA where it can, else torch.
     in_place: the backward pass may write the gradient over the logits (saves N x V; nobody else may need their values).
 
-    Raises ConfigError when nothing is asked for, when the sketch has no bins, or when `impl="triton"` cannot do it.
+    Raises ConfigError when nothing is asked for, when shapes do not fit, when the sketch has no bins, or when
+    `impl="triton"` cannot do it.
     """
     if labels_N is None and teacher is None:
         raise ConfigError("row_losses: neither labels_N nor teacher given; there is nothing to compute")
     if words_NI is not None and teacher is None:
         raise ConfigError("row_losses: words_NI without teacher: `mapped` needs the teacher's probabilities")
+    _check_shapes(logits_NV, labels_N, teacher, words_NI)
     laws = None
     if teacher is not None and uld and rank_edges is not None:
         if teacher.bins_NJ is None:
             raise ConfigError(
                 "rank_edges given, but the rows have no tail bins: this cache was built without the sketch"
             )
-        laws = tail_laws(teacher.probs_NK, teacher.bins_NJ, rank_edges)
+        laws = partial(tail_laws, teacher.probs_NK.detach(), teacher.bins_NJ.detach(), rank_edges)
     with_uld = teacher is not None and uld
     word_probs_NI = None if words_NI is None else teacher.probs_NK[:, : words_NI.shape[1]].detach().contiguous()
     arguments = [
@@ -76,7 +78,7 @@ def row_losses(
         teacher.tail_N.detach().contiguous() if with_uld else None,
         None if words_NI is None else words_NI.contiguous(),
         word_probs_NI,
-        laws,
+        laws,  # computed while a GPU is busy with the kernels before
         in_place,
     ]
     if choose_implementation(logits_NV, teacher if uld else None, impl) == "triton":
@@ -87,6 +89,7 @@ def row_losses(
             arguments[place] = None if arguments[place] is None else arguments[place].float()
         computed = FusedRowLosses.apply(logits_NV, *arguments, Tuning())
     else:
+        arguments[5] = laws and laws()
         computed = TorchRowLosses.apply(logits_NV, *arguments)
     ce_N, uld_N, mapped_N, floor_N, gap_N = computed
     return RowLosses(
@@ -96,6 +99,25 @@ def row_losses(
         lower_N=floor_N if with_uld else None,
         upper_N=floor_N + gap_N if with_uld else None,
     )
+
+
+def _check_shapes(
+    logits_NV: torch.Tensor,
+    labels_N: torch.Tensor | None,
+    teacher: TeacherRows | None,
+    words_NI: torch.Tensor | None,
+) -> None:
+    """The kernels trust their shapes: here they are told apart from what would read another row's numbers."""
+    if logits_NV.ndim != 2:
+        raise ConfigError(f"logits of shape {tuple(logits_NV.shape)}: must be (rows, vocabulary)")
+    columns = {"labels_N": labels_N, "words_NI": words_NI}
+    if teacher is not None:
+        columns |= {"probs_NK": teacher.probs_NK, "tail_N": teacher.tail_N, "bins_NJ": teacher.bins_NJ}
+    for name, column in columns.items():
+        if column is not None and len(column) != len(logits_NV):
+            raise ConfigError(f"{len(column)} rows of {name} beside {len(logits_NV)} rows of logits")
+    if words_NI is not None and words_NI.shape[1] > teacher.probs_NK.shape[1]:
+        raise ConfigError(f"{words_NI.shape[1]} words of the first {teacher.probs_NK.shape[1]} ranks: too many")
 
 
 def choose_implementation(

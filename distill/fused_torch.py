@@ -2,7 +2,7 @@
 
 The counterpart of `distill.fused_triton`, equation by equation (see `distill.kernels`): forward keeps a log-sum-exp, a
 slope and a short list of words per row, backward writes `softmax * slope` and adds the listed words' own gradients.
-Rows are taken a few at a time, so that float32 copies of a chunk stay in the cache and none of the whole is ever made.
+Rows are taken in chunks, so that no float32 copy of the whole is ever made.
 
 Legend: N rows, R rows of one chunk, V student words, K ranks, I mapped words, J tail bins, B steps of the tail's
 histogram.
@@ -23,14 +23,14 @@ SMALLEST_COMPLEMENT = 1e-6
 TAIL_STEPS, TAIL_STEP_NATS = 128, 0.125
 # Words per group of the exact top-k.
 GROUP = 32
-# Bytes of logits at a time: about the share of a CPU's cache, a fraction of a GPU's memory.
-CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+# Logits at a time: every further chunk costs threads that wait for each other, every larger one memory.
+CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 256 * 2**20}
 
 
 class TorchRowLosses(torch.autograd.Function):
     """(ce_N, uld_N, mapped_N, floor_N, gap_N) in float32 (float64 of float64 logits), arguments as of `FusedRowLosses`.
 
-    What was not asked for (labels_N, probs_NK or words_NI is None) is None.
+    What was not asked for (labels_N, probs_NK or words_NI is None) is empty.
     """
 
     @staticmethod
@@ -98,9 +98,10 @@ class TorchRowLosses(torch.autograd.Function):
             kth_N, signs_NB,
         )  # fmt: skip
         ctx.in_place = in_place
-        ctx.mark_non_differentiable(*[t for t in (floor_N, gap_N) if t is not None])
-        ctx.set_materialize_grads(False)
-        return ce_N, uld_N, mapped_N, floor_N, gap_N
+        # torch.compile wants a tensor in every place.
+        outputs = [lse_N.new_zeros(0) if t is None else t for t in (ce_N, uld_N, mapped_N, floor_N, gap_N)]
+        ctx.mark_non_differentiable(*outputs[3:])
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
@@ -111,21 +112,24 @@ class TorchRowLosses(torch.autograd.Function):
         ) = ctx.saved_tensors  # fmt: skip
         slope_N = torch.zeros_like(lse_N)
         own = []
-        if grad_ce_N is not None:
+        if labels_N is not None:
             grad_ce_N = torch.where(labels_N >= 0, grad_ce_N, 0.0)
             slope_N = slope_N + grad_ce_N
             own.append((labels_N.clamp(min=0)[:, None], -grad_ce_N[:, None]))
-        if grad_uld_N is not None:
+        if head_NK is not None:
             slope_N = slope_N + grad_uld_N * dense_uld_N
             own.append((head_NK, head_own_NK * grad_uld_N[:, None]))
-        if grad_mapped_N is not None:
+        if mapped_NI is not None:
             slope_N = slope_N + grad_mapped_N * dense_mapped_N
             own.append((mapped_NI, mapped_own_NI * grad_mapped_N[:, None]))
         step_slope_NB = None
-        if signs_NB is not None and grad_uld_N is not None:
+        if signs_NB is not None:
             step_slope_NB = slope_N[:, None] + grad_uld_N[:, None] * signs_NB
-        gradient_NV = logits_NV.detach() if ctx.in_place else torch.empty_like(logits_NV)
-        same_dtype = gradient_NV.dtype == lse_N.dtype and not ctx.in_place and gradient_NV.is_contiguous()
+        if ctx.in_place:
+            gradient_NV = logits_NV.detach()
+        else:
+            gradient_NV = torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
+        same_dtype = gradient_NV.dtype == lse_N.dtype and not ctx.in_place
         for rows in _chunks(logits_NV):
             z_RV = logits_NV[rows].to(lse_N.dtype)
             part_RV = torch.softmax(z_RV, 1, out=gradient_NV[rows] if same_dtype else None)
@@ -165,8 +169,7 @@ def _log_sum_exp(z_RV: torch.Tensor) -> torch.Tensor:
     """(R,) by the fused softmax, which on a CPU is several times faster than `torch.logsumexp`."""
     if z_RV.is_cuda or z_RV.shape[0] == 0:
         return torch.logsumexp(z_RV, 1)
-    top_R, place_R = z_RV.max(1)
-    return top_R - torch.softmax(z_RV, 1).gather(1, place_R[:, None])[:, 0].log()
+    return z_RV.amax(1) - torch.softmax(z_RV, 1).amax(1).log()
 
 
 def _student_words(words_NI: torch.Tensor, probs_NI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

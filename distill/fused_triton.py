@@ -48,8 +48,9 @@ class Tuning:
 class FusedRowLosses(torch.autograd.Function):
     """(ce_N, uld_N, mapped_N, floor_N, gap_N), float32; the last two are the certificate of head + |T - S|.
 
-    laws: (slopes_NJ, log_starts_NJ, edges_J1) of the teacher's tail, or None. in_place: the gradient is written over
-    the logits, whose values are lost. What was not asked for (labels_N, probs_NK or words_NI is None) is left unset.
+    laws: (slopes_NJ, log_starts_NJ, edges_J1) of the teacher's tail, or what computes them, or None. in_place: the
+    gradient is written over the logits, whose values are lost. What was not asked for (labels_N, probs_NK or words_NI
+    is None) is left unset.
     """
 
     @staticmethod
@@ -97,7 +98,7 @@ class FusedRowLosses(torch.autograd.Function):
                     num_warps=tuning.select_warps,
                 )  # fmt: skip
                 if laws is not None:
-                    slopes_NJ, log_starts_NJ, edges_J1 = laws
+                    slopes_NJ, log_starts_NJ, edges_J1 = laws() if callable(laws) else laws
                     J = slopes_NJ.shape[1]
                     nats = tuning.tail_step_nats
                     kernels.tail_kernel[(N,)](

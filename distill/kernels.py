@@ -253,8 +253,8 @@ def tail_kernel(
 
     For two descending sequences sum |p_(i) - q_(i)| is the area between their counting functions (how many values
     exceed t): a histogram over log q gives the student's, the bins' power laws give the teacher's. Exact where one
-    of them lies above the other throughout a step of the histogram. step_mean: the mean of values spread evenly in log over
-    one step, as a share of the step's upper end.
+    of them lies above the other throughout a step of the histogram. step_mean: the mean of values spread evenly in log
+    over one step, as a share of the step's upper end.
     """
     row = tl.program_id(0).to(tl.int64)
     source = logits_NV + row * row_stride

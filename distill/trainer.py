@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -19,14 +18,16 @@ from distill.collator import Batch, DistillationCollator
 from distill.comparison import Comparison, compare
 from distill.config import DistillationConfig
 from distill.dataset import CachedDocuments
+from distill.fused import row_losses
 from distill.head import picked_logits
-from distill.losses import TeacherRows, mapped_loss, uld_loss
 from distill.merged import log_scale_of, merged_uld_loss
 from distill.progress import TokenProgress
 from distill.sampler import EpochBatches
+from distill.teacher_rows import TeacherRows
 from storage_specs.errors import CheckpointError, NonFiniteLossError
 
-TERMS = ("ce", "uld", "mapped")
+# What is summed over rows; the last is no loss but how far ULD may be off: the mean width of its certificate.
+TERMS = ("ce", "uld", "mapped", "uld_width")
 COUNTS = ("labels", "pairs", "teacher_rows", "tokens")
 
 
@@ -163,9 +164,8 @@ class CachedDistillationTrainer(Trainer):
         divisor = num_items_in_batch
         if divisor is None:
             divisor = self._weight_sums(inputs).clamp(min=1)
-        terms = self._terms(model, inputs) / divisor.to(inputs["input_ids"].device)[[0, 1, 1]]
-        weights = terms.new_tensor([self.args.ce_weight, self.args.uld_weight, self.args.mapped_weight])
-        loss = (weights * terms).sum()
+        terms = self._terms(model, inputs) / divisor.to(inputs["input_ids"].device)[[0, 1, 1, 1]]
+        loss = (terms.new_tensor(self._term_weights()) * terms).sum()
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
                 f"the loss is {loss.item()} at step {self.state.global_step} "
@@ -178,51 +178,65 @@ class CachedDistillationTrainer(Trainer):
         loss = loss * self.accelerator.num_processes
         return (loss, {"terms": terms.detach()}) if return_outputs else loss
 
+    def _term_weights(self) -> list[float]:
+        return [self.args.ce_weight, self.args.uld_weight, self.args.mapped_weight, 0.0]
+
     def _terms(self, model: torch.nn.Module, inputs: Batch) -> torch.Tensor:
-        """(3,) float32 weighted sums over rows: CE, ULD, mapped; terms of weight 0 are not computed."""
+        """(4,) float32 weighted sums over rows of `TERMS`, in one pass over the logits; terms of weight 0 are 0."""
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         fed = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         logits_RV = picked_logits(model, head, fed, inputs["label_index_R"])
         if self.args.align == "merge" and self.args.kd_weight:
             return self._merged_terms(logits_RV, inputs)
-        weight_R = self._row_weights(inputs["label_sample_R"]).float()
-        ce = (weight_R * cross_entropy(logits_RV.float(), inputs["label_ids_R"], reduction="none")).sum()
-        zero = ce.new_zeros(())
-        if not self.args.kd_weight:
-            return torch.stack([ce, zero, zero])
-        compared_N = torch.searchsorted(inputs["label_index_R"], inputs["student_index_N"])
-        logits_NV = logits_RV.index_select(0, compared_N)
-        weight_N = self._row_weights(inputs["sample_N"]).float()
-        teacher = TeacherRows(probs_NK=inputs["teacher_probs_NK"], tail_N=inputs["teacher_tail_N"])
-        uld, mapped = zero, zero
-        if self.args.uld_weight:
-            uld = uld_loss(logits_NV, teacher.probs_NK, teacher.tail_N, weight_N, reduction="sum")
-        if self.args.mapped_weight:
-            mapped = mapped_loss(logits_NV, teacher.probs_NK, inputs["words_NI"], weight_N, reduction="sum")
-        return torch.stack([ce, uld, mapped])
+        rows: dict[str, Any] = {}
+        kd_weight_R = logits_RV.new_zeros(len(logits_RV), dtype=torch.float32)
+        if self.args.kd_weight:
+            # The teacher's rows at the compared ones of the R labels; nothing, of weight 0, at the others. No label is
+            # compared twice.
+            compared_N = torch.searchsorted(inputs["label_index_R"], inputs["student_index_N"])
+            kd_weight_R[compared_N] = self._row_weights(inputs["sample_N"]).float()
+            probs_NK, tail_N = inputs["teacher_probs_NK"], inputs["teacher_tail_N"]
+            probs_RK = probs_NK.new_zeros(len(logits_RV), probs_NK.shape[1]).index_copy_(0, compared_N, probs_NK)
+            tail_R = tail_N.new_ones(len(logits_RV)).index_copy_(0, compared_N, tail_N)
+            rows = {"teacher": TeacherRows(probs_NK=probs_RK, tail_N=tail_R), "uld": self.args.uld_weight > 0}
+            if self.args.mapped_weight:
+                words_NI = inputs["words_NI"]
+                words_RI = words_NI.new_full((len(logits_RV), words_NI.shape[1]), -1)
+                rows["words_NI"] = words_RI.index_copy_(0, compared_N, words_NI)
+        losses = row_losses(logits_RV, labels_N=inputs["label_ids_R"], **rows)
+        ce = (self._row_weights(inputs["label_sample_R"]).float() * losses.ce_N).sum()
+        uld_width_R = None if losses.uld_N is None else losses.upper_N - losses.lower_N
+        compared = [
+            ce.new_zeros(()) if loss_R is None else (kd_weight_R * loss_R).sum()
+            for loss_R in (losses.uld_N, losses.mapped_N, uld_width_R)
+        ]
+        return torch.stack([ce, *compared])
 
     def _merged_terms(self, logits_RV: torch.Tensor, inputs: Batch) -> torch.Tensor:
         """As `_terms`, with groups for rows: CE's own log-probabilities are the factors of a group."""
-        nats_R = cross_entropy(logits_RV.float(), inputs["label_ids_R"], reduction="none")
+        nats_R = row_losses(logits_RV, labels_N=inputs["label_ids_R"]).ce_N
+        weight_N = self._row_weights(inputs["sample_N"]).float()
         earlier_M = torch.searchsorted(inputs["label_index_R"], inputs["earlier_index_M"])
         last_N = torch.searchsorted(inputs["label_index_R"], inputs["student_index_N"])
-        uld, _ = merged_uld_loss(
+        uld, certificate = merged_uld_loss(
             logits_RV.index_select(0, last_N),
             log_scale_of(-nats_R[earlier_M], inputs["earlier_group_M"], len(last_N)),
             inputs["teacher_probs_NK"],
             inputs["teacher_tail_N"],
-            self._row_weights(inputs["sample_N"]).float(),
+            weight_N,
             reduction="sum",
         )
         ce = (self._row_weights(inputs["label_sample_R"]).float() * nats_R).sum()
-        return torch.stack([ce, uld, ce.new_zeros(())])
+        width = (weight_N * (certificate.upper_N - certificate.lower_N)).sum()
+        return torch.stack([ce, uld, ce.new_zeros(()), width])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Beside Trainer's own: each term, and the compared fractions, since the last line."""
         if "loss" in logs and self._steps_summed:
             terms = self._over_ranks(self._sums.to(self.args.device)).cpu() / self._steps_summed
             labels, pairs, teacher_rows, _ = self._counts.tolist()
-            weights = (self.args.ce_weight, self.args.uld_weight, self.args.mapped_weight)
+            weights = self._term_weights()
+            weights[TERMS.index("uld_width")] = self.args.uld_weight
             logs |= {name: terms[n].item() for n, name in enumerate(TERMS) if weights[n] or name == "ce"}
             if self.args.kd_weight:
                 logs["compared_student"] = pairs / max(1, labels)

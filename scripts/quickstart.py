@@ -67,12 +67,17 @@ def cut_student(student: str, layers: int, output: Path) -> Path:
     # The report of weights that were not loaded is the purpose here, and the bars would only blink.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if not (output / "config.json").exists():
+    made_from = {"student": student, "layers": layers}
+    record = output / "made_from.json"
+    if record.exists() and json.loads(record.read_text(encoding="utf8")) != made_from:
+        sys.exit(f"error: {output} holds another student: {record.read_text(encoding='utf8')}; choose another --output")
+    if not record.exists():
         keep = {"num_hidden_layers": layers} if layers else {}
         model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32, **keep)
         scratch = output.with_name(f".{output.name}")
         model.save_pretrained(scratch)
         AutoTokenizer.from_pretrained(student).save_pretrained(scratch)
+        (scratch / record.name).write_text(json.dumps(made_from), encoding="utf8")
         scratch.rename(output)
     return output
 
@@ -89,7 +94,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--min_bytes", type=int, default=400, help="shorter passages are passed over (default: 400)")
     parser.add_argument("--steps", type=int, default=30, help="optimisation steps of each arm (default: 30)")
-    # Six passages of at least 400 bytes are more than 512 tokens in every step.
+    # Six Wikipedia passages of at least 400 bytes: over 512 tokens in every step of the default run.
     parser.add_argument("--documents_per_step", type=int, default=6, help="global batch size (default: 6)")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="peak, the same for all arms (default: 1e-3)")
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="(default: runs/quickstart)")
@@ -101,6 +106,7 @@ def main() -> None:
     stages, out = Stages(), options.output
     (out / "arms").mkdir(parents=True, exist_ok=True)
 
+    print(f"== models and text: made once under {demo_assets.home()}", flush=True)
     started = time.perf_counter()
     teacher = options.teacher or str(demo_assets.gemma_path())
     student = options.student or str(demo_assets.smollm2_path())

@@ -3,18 +3,13 @@
 Legend: D documents of a shard, T rows of one document, N rows of a shard, K top-k ranks, M messages of a shard.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from storage_specs import half
+from storage_specs.columns import Columns, RowShape, ShardSize
 from storage_specs.document import CachedDocument, Document
-
-if TYPE_CHECKING:
-    from storage_specs.columns import Columns, RowShape, ShardSize
 
 GOLD_LIMIT = 1e-3  # nats; float32 softmax may put a log-probability a little above 0
 SUM_TOLERANCE = 1e-3  # what a teacher's own softmax may be off by; stored rows sum to 1 exactly

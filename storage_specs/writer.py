@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from storage_specs import plan as plan_json
 from storage_specs import shard_table, vocabulary_table
-from storage_specs.columns import columns_of
+from storage_specs.column_building import columns_of
 from storage_specs.document import CachedDocument
 from storage_specs.errors import (
     CacheMismatchError,

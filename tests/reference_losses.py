@@ -72,3 +72,36 @@ def mapped(student_logits_NV: torch.Tensor, teacher_probs_NK: torch.Tensor, word
             loss = loss + unmapped * (unmapped.log() - complement.clamp(min=1e-6).log())
         losses.append(loss)
     return torch.stack(losses)
+
+
+def merged_rows(probs_SV: torch.Tensor, ids_S: list[int], groups: list[list[int]], strategy: str) -> torch.Tensor:
+    """(G, V) one row per group of positions, TRL's two ways: `bayesian`, the last row times the probabilities of the
+    ids at the earlier ones; `observed`, the first row times those at the later ones."""
+    merged = []
+    for group in groups:
+        base, others = (group[-1], group[:-1]) if strategy == "bayesian" else (group[0], group[1:])
+        row_V = probs_SV[base]
+        for position in others:
+            row_V = row_V * probs_SV[position, ids_S[position]].clamp(min=1e-8)
+        merged.append(row_V)
+    return torch.stack(merged)
+
+
+def sorted_distance(student_NV: torch.Tensor, teacher_NU: torch.Tensor) -> torch.Tensor:
+    """(N,) sum_i |p_(i) - q_(i)| of rows that need not sum to 1."""
+    size = max(student_NV.shape[1], teacher_NU.shape[1])
+    q_NV, p_NV = (
+        torch.nn.functional.pad(x.sort(dim=1, descending=True).values, (0, size - x.shape[1]))
+        for x in (student_NV, teacher_NU)
+    )
+    return (p_NV - q_NV).abs().sum(1)
+
+
+def cdf_distance(student_NV: torch.Tensor, teacher_NU: torch.Tensor) -> torch.Tensor:
+    """(N,) sum_i |P_i - Q_i| of the running sums P, Q of the sorted rows: what others mean by the same name."""
+    size = max(student_NV.shape[1], teacher_NU.shape[1])
+    q_NV, p_NV = (
+        torch.nn.functional.pad(x.sort(dim=1, descending=True).values, (0, size - x.shape[1])).cumsum(1)
+        for x in (student_NV, teacher_NU)
+    )
+    return (p_NV - q_NV).abs().sum(1)

@@ -49,7 +49,7 @@ def test_figures_by_hand():
     assert facts["positional_at_same_byte"] == 0.8
     assert facts["groups"][0] == {"student": 2, "teacher": 2, "groups": 1, "bytes": 5 / 9}
     assert facts["numerals"] == 0.2
-    assert facts["gold_rank"] == pytest.approx({"<= 1": 0.4, "<= 2": 0.4, "> 2": 0.2})
+    assert facts["gold_rank"] == pytest.approx({"1": 0.4, "2": 0.4, "over 2": 0.2})
     assert facts["top_k_mass"] == 0.75
     assert facts["entropy_nats_at_least"] == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(4))
     assert facts["worst_strings"] == [

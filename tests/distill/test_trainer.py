@@ -67,6 +67,8 @@ def test_log_tells_each_term_apart(cache_path, student_path, tmp_path):
     one.train()
     (line,) = [line for line in one.state.log_history if "loss" in line]
     assert line["loss"] == pytest.approx(0.5 * line["ce"] + 1.5 * line["uld"] + 0.7 * line["mapped"], rel=1e-4)
+    # How far the ULD may be from the one of whole vocabularies: 2 min(T, S), in the mean.
+    assert 0 < line["uld_width"] <= 2
     assert 0 < line["compared_student"] <= 1
     assert 0 < line["compared_teacher"] <= 1
     assert line["tokens"] == one.tokens_seen > 0

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from small_caches import arrays_of, assert_stored, some_documents
 
 from storage_specs import half
+from storage_specs.column_building import columns_of
 from storage_specs.column_rules import problem_of, size_problem
-from storage_specs.columns import RowShape, ShardSize, columns_of
+from storage_specs.columns import RowShape, ShardSize
 from storage_specs.document import CachedDocument, Message, chat_document, text_document
 
 SHAPE = RowShape(k=8, k_ids=4, vocab_size=300)

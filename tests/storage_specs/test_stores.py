@@ -13,8 +13,9 @@ from small_caches import STORES, some_documents
 from zarr.core.buffer.cpu import Buffer
 
 from storage_specs import zarr_store
+from storage_specs.column_building import columns_of
 from storage_specs.column_rules import problem_of
-from storage_specs.columns import Columns, RowShape, columns_of
+from storage_specs.columns import Columns, RowShape
 from storage_specs.stores import shard_store, stem_of
 
 SHAPE = RowShape(k=8, k_ids=4, vocab_size=300)

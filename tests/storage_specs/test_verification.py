@@ -11,7 +11,8 @@ import pytest
 from small_caches import STORES, files_of, some_documents, some_settings, write_cache
 
 from storage_specs import open_cache, verify_cache
-from storage_specs.columns import RowShape, columns_of
+from storage_specs.column_building import columns_of
+from storage_specs.columns import RowShape
 from storage_specs.errors import IncompleteCacheError, NotACacheError, SpecVersionError, TeachOnceError
 from storage_specs.finalization import commit
 from storage_specs.objects import LocalObjects, StoredObject
