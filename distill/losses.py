@@ -16,8 +16,8 @@ test_trl.py against the installed package):
     | the paper's code (llm-recipes) | i-th with i-th, right shift | full, both sorted     | K = all, `positional`   |
     | TRL, not extended, `bayesian`  | the same                    | full                  | K = all, `positional`   |
     | TRL, not extended, `observed`  | each logits row 1 too late  | full                  | never: off by one       |
-    | TRL, extended, `bayesian`      | last row of each byte group | full, of row times    | K = all where groups    |
-    |                                |                             | golds before it       | are single tokens       |
+    | TRL, extended, `bayesian`      | last row of each byte group | full, of row times    | K = all, `merge`        |
+    |                                |                             | golds before it       | (`distill.merged`)      |
     | TRL, extended, `observed`      | first row of each group,    | full, of row times    | never: off by one       |
     |                                | 1 too late                  | golds after it        |                         |
     | L1 of running sums (Soup)      | any                         | sum of CDF gaps       | never: another distance |
