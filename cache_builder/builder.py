@@ -15,7 +15,7 @@ from cache_builder.engines.base import Engine, EngineConfig
 from cache_builder.progress import Progress, Work
 from cache_builder.rows import Cutter, cached_document
 from cache_builder.teacher import Teacher, find_teacher
-from storage_specs.document import KINDS, CachedDocument, Document
+from storage_specs.document import KINDS, TOOL_ROLES, CachedDocument, Document
 from storage_specs.errors import ConfigError
 from storage_specs.manifest import Manifest
 from storage_specs.plan import make_plan
@@ -56,6 +56,7 @@ class BuildConfig:
     subset: str | None = None
     max_documents: int | None = None
     min_bytes: int = 0
+    score_roles: tuple[str, ...] = ("assistant",)
     engine_arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -69,6 +70,11 @@ class BuildConfig:
             raise ConfigError(f"k_ids is {self.k_ids}, but must be from 0 to k, which is {self.k}")
         if self.store not in STORES:
             raise ConfigError(f"store is {self.store!r}, but must be {' or '.join(STORES)}")
+        if not all(self.score_roles) or not self.score_roles or set(self.score_roles) & set(TOOL_ROLES):
+            raise ConfigError(
+                f"score_roles is {','.join(self.score_roles)!r}, but must name roles, and never a tool's: what a tool "
+                "answered is not for a model to predict"
+            )
 
     @property
     def ids_kept(self) -> int:
@@ -101,6 +107,7 @@ def build(config: BuildConfig) -> BuildReport:
             subset=config.subset,
             max_documents=config.max_documents,
             min_bytes=config.min_bytes,
+            score_roles=config.score_roles,
         )
     )
     teacher = find_teacher(
@@ -188,10 +195,11 @@ def _settings(
     config: BuildConfig, teacher: Teacher, engine: Engine, cutter: Cutter, *, has_chats: bool
 ) -> CacheSettings:
     vocabulary = _vocabulary(teacher) if config.ids_kept else None
+    chats = teacher.chat_template_identity(config.chat_template_kwargs) | {"score_roles": sorted(config.score_roles)}
     return CacheSettings(
         teacher=teacher.identity(),
         tokenizer=teacher.tokenizer_identity() | {"bos_token": config.bos_token},
-        chat_template=teacher.chat_template_identity(config.chat_template_kwargs) if has_chats else None,
+        chat_template=chats if has_chats else None,
         engine=engine.describe(),
         k=config.k,
         k_ids=config.ids_kept,

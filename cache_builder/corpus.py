@@ -1,16 +1,17 @@
 """A corpus becomes documents.
 
 Fields of a record, in this order of precedence (`kind` forces one):
-- `messages`: a list of {"role", "content", ...}: a chat; assistant turns are scored.
+- `messages`: a list of {"role", "content", ...}: a chat; turns of the scored roles are (by default the assistant's).
+  Tool results never are, and tool calls are context: a template writes them, and they have no bytes in the text.
 - `prompt` + `completion`: two strings, the completion is scored; or two lists of messages: a chat in which only the
-  completion's assistant turns are scored.
+  completion's turns are scored.
 - `text`: a plain text, scored from end to end.
 Other fields become the document's metadata where they are JSON values; a field that is not is left out with a warning.
 """
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from cache_builder.records import Record, read_records
@@ -35,12 +36,14 @@ def read_corpus(
     subset: str | None = None,
     max_documents: int | None = None,
     min_bytes: int = 0,
+    score_roles: Collection[str] = ("assistant",),
 ) -> Iterator[Document]:
     """The documents of a corpus, in its own order.
 
     corpus: a .jsonl/.json (.gz), .parquet, .txt or .md file, a folder of them, a saved `datasets` folder or a hub name.
     kind: text | completion | chat, or auto = by the fields of each record.
     min_bytes: documents whose text has fewer UTF-8 bytes are passed over; max_documents counts what is left.
+    score_roles: whose turns of a chat are scored.
 
     Raises CorpusError with `file:line` for what cannot be read, and for a corpus without any document.
     """
@@ -52,7 +55,7 @@ def read_corpus(
         if max_documents is not None and kept >= max_documents:
             return
         given += 1
-        document = document_of(record, kind, left_out)
+        document = document_of(record, kind, left_out, score_roles)
         if len(document.text.encode()) >= min_bytes:
             kept += 1
             yield document
@@ -61,7 +64,12 @@ def read_corpus(
         raise CorpusError(f"corpus {corpus} is empty{few}")
 
 
-def document_of(record: Record, kind: str = "auto", left_out: set[str] | None = None) -> Document:
+def document_of(
+    record: Record,
+    kind: str = "auto",
+    left_out: set[str] | None = None,
+    score_roles: Collection[str] = ("assistant",),
+) -> Document:
     """One record as a document. `left_out` collects the field names already warned of. Raises CorpusError."""
     kind = _kind(record) if kind == "auto" else kind
     missing = [name for name in FIELDS_OF_KIND[kind] if record.fields.get(name) is None]
@@ -72,9 +80,9 @@ def document_of(record: Record, kind: str = "auto", left_out: set[str] | None = 
     if record.fields.get("tools"):
         raise CorpusError(f"corpus {record.place}: `tools` are not rendered; write them into a system message instead")
     if kind == "chat":
-        return chat_document(_conversation(values[0], record.place, "messages"), metadata)
+        return chat_document(_conversation(values[0], record.place, "messages"), metadata, score_roles)
     if kind == "completion" and isinstance(values[0], list) and isinstance(values[1], list):
-        return _chat_completion(*values, record.place, metadata)
+        return _chat_completion(*values, record.place, metadata, score_roles)
     for name, value in zip(FIELDS_OF_KIND[kind], values, strict=True):
         _require_text(value, record.place, name)
     return completion_document(*values, metadata) if kind == "completion" else text_document(values[0], metadata)
@@ -123,10 +131,12 @@ def _conversation(turns: Any, place: str, name: str) -> list[dict[str, Any]]:
     return conversation
 
 
-def _chat_completion(prompt: Any, completion: Any, place: str, metadata: dict[str, Any]) -> Document:
+def _chat_completion(
+    prompt: Any, completion: Any, place: str, metadata: dict[str, Any], score_roles: Collection[str]
+) -> Document:
     """A conversational prompt is only read, whatever assistant turns it has."""
     before = _conversation(prompt, place, "prompt")
-    document = chat_document(before + _conversation(completion, place, "completion"), metadata)
+    document = chat_document(before + _conversation(completion, place, "completion"), metadata, score_roles)
     messages = tuple(
         dataclasses.replace(message, scored=message.scored and number >= len(before))
         for number, message in enumerate(document.messages)

@@ -80,6 +80,12 @@ def build_parser() -> Parser:
         help="arguments of the template; kept in the manifest",
     )
     add("--kind", metavar="KIND", help="text | completion | chat | auto = by each record's fields (auto)")
+    add(
+        "--score_roles",
+        type=_roles,
+        metavar="ROLES",
+        help="whose turns of a chat are scored, separated by commas; tool results never are (assistant)",
+    )
     add("--split", metavar="NAME", help="split of a `datasets` corpus (train)")
     add("--subset", metavar="NAME", help="configuration of a `datasets` hub name")
     add("--max_documents", type=int, metavar="N", help="take the first N documents")
@@ -94,6 +100,10 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, found {text}")
     return value
+
+
+def _roles(text: str) -> tuple[str, ...]:
+    return tuple(role.strip() for role in text.split(","))
 
 
 def _build(arguments: Sequence[str]) -> int:

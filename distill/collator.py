@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from distill.alignment import align
+from distill.alignment import Groups, align, align_groups
 from distill.config import DistillationConfig
+from distill.merged import SMALLEST_FACTOR
+from distill.numerals import numeral_rows
 from distill.word_map import WordMap, map_words
 from storage_specs.document import CachedDocument, Document
 from storage_specs.errors import ConfigError
@@ -35,6 +37,9 @@ class DistillationCollator:
     With a teacher weight also: student_index_N: (N,) int64, the compared ones of label_index_R; sample_N: (N,) int64;
     teacher_probs_NK: (N, K) and teacher_tail_N: (N,) float32; with a `mapped_weight` words_NI: (N, I) int64, the
     student's words of the teacher's ids.
+    With align `merge` those N are the last rows of groups, the teacher's values scaled by its gold probabilities before
+    them; earlier_index_M: (M,) int64, the student's positions before its last in a group, some of label_index_R;
+    earlier_group_M: (M,) int64, their groups.
     teacher_rows: int, rows of its documents, compared or not. doc_ids: list[str].
 
     Raises TokenizerError (no fast backend) and ConfigError (`mapped_weight` with a cache without ids).
@@ -85,13 +90,29 @@ class DistillationCollator:
     ) -> dict[str, np.ndarray]:
         """The pairs of every window, and their teacher rows gathered once."""
         student, samples, probs, tails, words = [], [], [], [], []
+        earlier, earlier_groups, groups_before = [], [], 0
         for b, (number, window) in enumerate(windows):
             document = documents[number]
-            index_N, row_N = align(document, window, self.config.align)
+            if self.config.align == "merge":
+                groups = align_groups(document, window)
+                if self.config.skip_numerals:
+                    groups = _without_numerals(groups, document)
+                row_N, scale_N1 = groups.teacher_last, teacher_scales(document, groups)[:, None]
+                index_N = window.logits_index[groups.student_last]
+                index_M, group_M = _runs(groups.student_first, groups.student_last)
+                earlier.append(b * length + window.logits_index[index_M])
+                earlier_groups.append(groups_before + group_M)
+                groups_before += len(row_N)
+            else:
+                index_N, row_N = align(document, window, self.config.align)
+                if self.config.skip_numerals:
+                    kept_N = ~numeral_rows(document)[row_N]
+                    index_N, row_N = index_N[kept_N], row_N[kept_N]
+                scale_N1 = np.float32(1)
             student.append(b * length + index_N)
             samples.append(np.full(len(row_N), number))
-            probs.append(document.probs[row_N])
-            tails.append(document.tail_mass[row_N])
+            probs.append(document.probs[row_N] * scale_N1)
+            tails.append(document.tail_mass[row_N] * np.reshape(scale_N1, -1))
             if self.word_map is not None:
                 words.append(self.word_map.words_U[document.token_ids[row_N]])
         k, ranks = documents[0].probs.shape[1], 0 if self.word_map is None else documents[0].token_ids.shape[1]
@@ -101,6 +122,8 @@ class DistillationCollator:
             "teacher_probs_NK": np.concatenate([np.zeros((0, k), np.float32), *probs]),
             "teacher_tail_N": np.concatenate([np.zeros(0, np.float32), *tails]),
         }
+        if self.config.align == "merge":
+            columns |= {"earlier_index_M": _joined(earlier), "earlier_group_M": _joined(earlier_groups)}
         if self.word_map is not None:
             columns["words_NI"] = np.concatenate([np.zeros((0, ranks), np.int64), *words])
         return columns
@@ -114,6 +137,28 @@ def word_map_of(cache: Cache, tokenizer: PreTrainedTokenizerBase) -> WordMap:
             "set --mapped_weight 0"
         )
     return map_words(cache.vocabulary.token_bytes, cache.vocabulary.special_roles, tokenizer)
+
+
+def teacher_scales(document: CachedDocument, groups: Groups) -> np.ndarray:
+    """(N,) float32: the product of the teacher's gold probabilities before the last row of each group."""
+    row_M, group_M = _runs(groups.teacher_first, groups.teacher_last)
+    logprob_M = np.maximum(document.gold_logprob[row_M].astype(np.float64), np.log(SMALLEST_FACTOR))
+    return np.exp(np.bincount(group_M, weights=logprob_M, minlength=len(groups))).astype(np.float32)
+
+
+def _runs(first_N: np.ndarray, last_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(M,) int64 the numbers first..last - 1 of every run, and (M,) int64 the run's number."""
+    sizes_N = last_N - first_N
+    run_M = np.repeat(np.arange(len(sizes_N)), sizes_N)
+    before_N = np.cumsum(sizes_N) - sizes_N
+    return first_N[run_M] + np.arange(len(run_M)) - before_N[run_M], run_M
+
+
+def _without_numerals(groups: Groups, document: CachedDocument) -> Groups:
+    """The groups in which no teacher row is a numeral."""
+    before = np.concatenate([[0], np.cumsum(numeral_rows(document))])
+    kept_N = before[groups.teacher_last + 1] == before[groups.teacher_first]
+    return Groups(**{name: column[kept_N] for name, column in vars(groups).items()})
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:

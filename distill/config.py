@@ -23,6 +23,9 @@ class DistillationConfig(TrainingArguments):
         default=0.0, metadata={"help": "weight of the divergence on the teacher's words; needs a cache with ids"}
     )
     align: str = field(default="boundary", metadata={"help": f"which positions are compared: {' | '.join(MODES)}"})
+    skip_numerals: bool = field(
+        default=False, metadata={"help": "leave the teacher's rows before decimal digits out (sorted L1 harms there)"}
+    )
     max_length: int = field(
         default=1024,
         metadata={"help": "tokens per window; longer documents become several windows, nothing is cut off"},
@@ -64,6 +67,11 @@ class DistillationConfig(TrainingArguments):
             raise ConfigError("ce_weight, uld_weight and mapped_weight are all 0: nothing would be learned")
         if self.align not in MODES:
             raise ConfigError(f"align is {self.align!r}: must be one of {', '.join(MODES)}")
+        if self.align == "merge" and self.mapped_weight:
+            raise ConfigError(
+                "align is 'merge' with a mapped_weight: merged rows stand behind different texts of the two sides, so "
+                "their words cannot be compared; use --align boundary, or --mapped_weight 0"
+            )
         if self.loss_normalization not in NORMALIZATIONS:
             raise ConfigError(
                 f"loss_normalization is {self.loss_normalization!r}: must be one of {', '.join(NORMALIZATIONS)}"

@@ -16,8 +16,8 @@ test_trl.py against the installed package):
     | the paper's code (llm-recipes) | i-th with i-th, right shift | full, both sorted     | K = all, `positional`   |
     | TRL, not extended, `bayesian`  | the same                    | full                  | K = all, `positional`   |
     | TRL, not extended, `observed`  | each logits row 1 too late  | full                  | never: off by one       |
-    | TRL, extended, `bayesian`      | last row of each byte group | full, of row times    | K = all where groups    |
-    |                                |                             | golds before it       | are single tokens       |
+    | TRL, extended, `bayesian`      | last row of each byte group | full, of row times    | K = all, `merge`        |
+    |                                |                             | golds before it       | (`distill.merged`)      |
     | TRL, extended, `observed`      | first row of each group,    | full, of row times    | never: off by one       |
     |                                | 1 too late                  | golds after it        |                         |
     | L1 of running sums (Soup)      | any                         | sum of CDF gaps       | never: another distance |
@@ -117,7 +117,7 @@ def uld_loss(
         student_logits_NV = student_logits_NV / student_temperature
     teacher = TeacherRows(probs_NK=teacher_probs_NK, tail_N=teacher_tail_N, bins_NJ=teacher_bins_NJ)
     losses = row_losses(student_logits_NV, teacher=teacher, rank_edges=rank_edges, impl=impl)
-    loss = _reduce(losses.uld_N, weight_N, reduction, normalizer)
+    loss = reduce_rows(losses.uld_N, weight_N, reduction, normalizer)
     return (loss, Certificate(losses.lower_N, losses.upper_N)) if return_certificate else loss
 
 
@@ -143,10 +143,10 @@ def mapped_loss(
     """
     teacher = TeacherRows(probs_NK=teacher_probs_NK, tail_N=1 - teacher_probs_NK.sum(1))
     losses = row_losses(student_logits_NV, teacher=teacher, uld=False, words_NI=words_NI, impl=impl)
-    return _reduce(losses.mapped_N, weight_N, reduction, normalizer)
+    return reduce_rows(losses.mapped_N, weight_N, reduction, normalizer)
 
 
-def _reduce(
+def reduce_rows(
     loss_N: torch.Tensor,
     weight_N: torch.Tensor | None,
     reduction: Reduction,

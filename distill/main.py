@@ -1,6 +1,7 @@
 """`distill COMMAND ...`: students that learn from a cache.
 
     distill train --model_name_or_path HuggingFaceTB/SmolLM2-135M --cache my-cache --output_dir student
+    distill align-report --cache my-cache --student HuggingFaceTB/SmolLM2-135M --html report.html
     distill evaluate --cache my-cache --model before=HuggingFaceTB/SmolLM2-135M --model after=student
 
 Nothing heavy is imported before a command runs, so that --help answers at once.
@@ -15,6 +16,7 @@ from storage_specs.errors import ConfigError
 
 SUMMARY = {
     "train": "train a student on a cache; the same command resumes",
+    "align-report": "what a student would learn from a cache, and where not, before anything is trained",
     "evaluate": "held-out bits per byte of students and of the teacher",
 }
 EXPECTED = ("cache_id", "teacher_name", "teacher_tokenizer_digest")
@@ -31,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     command, rest = arguments[0], arguments[1:]
     if command not in SUMMARY:
         raise ConfigError(f"distill: unknown command {command!r}{nearest(command, SUMMARY)}")
-    return {"train": _train, "evaluate": _evaluate}[command](rest)
+    return {"train": _train, "align-report": _align_report, "evaluate": _evaluate}[command](rest)
 
 
 def entry() -> None:
@@ -57,8 +59,10 @@ def train_parser() -> Parser:
     add(
         "--align",
         metavar="MODE",
-        help="boundary = same byte in both tokenisations | positional = i-th with i-th (boundary)",
+        help="boundary = same byte in both tokenisations | positional = i-th with i-th | merge = groups of tokens over "
+        "the same bytes, by the chain rule (boundary)",
     )
+    add("--skip_numerals", action="store_true", help="leave the teacher's rows before decimal digits out")
     add(
         "--loss_normalization",
         metavar="N",
@@ -108,6 +112,50 @@ def evaluate_parser() -> Parser:
     add("--batch_size", type=int, default=8, metavar="N", help="windows per forward pass (default: 8)")
     add("--max_documents", type=int, metavar="N", help="take the first N held-out documents")
     return parser
+
+
+def align_report_parser() -> Parser:
+    """The flags of `align-report`."""
+    parser = Parser(
+        prog="distill align-report",
+        description="Put a teacher's rows and a student's tokens side by side: and a verdict.",
+    )
+    add = parser.add_argument
+    add("--cache", required=True, type=Path, metavar="DIR", help="a finished cache of cache-builder")
+    add("--student", required=True, metavar="MODEL", help="hub name or folder; only its tokenizer is loaded")
+    add("--html", type=Path, metavar="FILE", help="write the report as one HTML file")
+    add("--json", action="store_true", help="print one JSON object")
+    add("--max_length", type=int, default=1024, metavar="N", help="tokens per window in training (default: 1024)")
+    add("--max_documents", type=int, metavar="N", help="take the first N documents (default: all)")
+    add("--chat_template", type=Path, metavar="FILE", help="Jinja template for chats, instead of the tokenizer's own")
+    return parser
+
+
+def _align_report(arguments: Sequence[str]) -> int:
+    namespace, _ = parse(align_report_parser(), arguments)
+    template = None if namespace.chat_template is None else _read(namespace.chat_template)
+    import json
+
+    from distill.alignment_report import alignment_report
+    from distill.dataset import CachedDocuments
+    from distill.report_format import as_html, as_text
+    from distill.train import load_tokenizer
+
+    documents = CachedDocuments(namespace.cache)
+    documents.numbers = documents.numbers[: namespace.max_documents]
+    facts = alignment_report(
+        documents,
+        load_tokenizer(namespace.student),
+        teacher_digest=documents.cache.manifest.tokenizer.get("digest"),
+        max_length=namespace.max_length,
+        chat_template=template,
+    )
+    print(json.dumps(facts, indent=2, ensure_ascii=False) if namespace.json else as_text(facts))
+    if namespace.html is not None:
+        namespace.html.parent.mkdir(parents=True, exist_ok=True)
+        title = f"{documents.cache.manifest.teacher.get('name')} to {namespace.student}"
+        namespace.html.write_text(as_html(facts, title), encoding="utf8")
+    return 0
 
 
 def _train(arguments: Sequence[str]) -> int:

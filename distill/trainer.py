@@ -20,6 +20,7 @@ from distill.config import DistillationConfig
 from distill.dataset import CachedDocuments
 from distill.fused import row_losses
 from distill.head import picked_logits
+from distill.merged import log_scale_of, merged_uld_loss
 from distill.progress import TokenProgress
 from distill.sampler import EpochBatches
 from distill.teacher_rows import TeacherRows
@@ -185,6 +186,8 @@ class CachedDistillationTrainer(Trainer):
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         fed = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         logits_RV = picked_logits(model, head, fed, inputs["label_index_R"])
+        if self.args.align == "merge" and self.args.kd_weight:
+            return self._merged_terms(logits_RV, inputs)
         rows: dict[str, Any] = {}
         kd_weight_R = logits_RV.new_zeros(len(logits_RV), dtype=torch.float32)
         if self.args.kd_weight:
@@ -208,6 +211,24 @@ class CachedDistillationTrainer(Trainer):
             for loss_R in (losses.uld_N, losses.mapped_N, uld_width_R)
         ]
         return torch.stack([ce, *compared])
+
+    def _merged_terms(self, logits_RV: torch.Tensor, inputs: Batch) -> torch.Tensor:
+        """As `_terms`, with groups for rows: CE's own log-probabilities are the factors of a group."""
+        nats_R = row_losses(logits_RV, labels_N=inputs["label_ids_R"]).ce_N
+        weight_N = self._row_weights(inputs["sample_N"]).float()
+        earlier_M = torch.searchsorted(inputs["label_index_R"], inputs["earlier_index_M"])
+        last_N = torch.searchsorted(inputs["label_index_R"], inputs["student_index_N"])
+        uld, certificate = merged_uld_loss(
+            logits_RV.index_select(0, last_N),
+            log_scale_of(-nats_R[earlier_M], inputs["earlier_group_M"], len(last_N)),
+            inputs["teacher_probs_NK"],
+            inputs["teacher_tail_N"],
+            weight_N,
+            reduction="sum",
+        )
+        ce = (self._row_weights(inputs["label_sample_R"]).float() * nats_R).sum()
+        width = (weight_N * (certificate.upper_N - certificate.lower_N)).sum()
+        return torch.stack([ce, uld, ce.new_zeros(()), width])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Beside Trainer's own: each term, and the compared fractions, since the last line."""

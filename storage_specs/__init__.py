@@ -21,6 +21,8 @@ _HOME_OF = {
     "completion_document": "document",
     "cut_windows": "windows",
     "encode": "encoding",
+    "from_sentencepiece": "foreign_tokenizers",
+    "from_tiktoken": "foreign_tokenizers",
     "is_held_out": "document",
     "make_plan": "plan",
     "open_cache": "reader",

@@ -8,6 +8,7 @@ Legend: T rows of one document, K top-k ranks, I ranks whose ids are kept, J tai
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ from storage_specs.checksum import crc32c
 
 Kind = Literal["text", "completion", "chat"]
 KINDS: tuple[Kind, ...] = ("text", "completion", "chat")
+# What the world answers is read, never learned, whatever roles are scored.
+TOOL_ROLES = ("tool", "function", "ipython")
 HELD_OUT_MODULUS = 10
 HELD_OUT_RULE = "crc32c(doc_id) % 10 == 0"
 
@@ -45,7 +48,7 @@ class Document:
     """What is scored and learned from: a kind, a text, its messages. `text` is exactly the messages' contents joined.
 
     kind `text`: one message of role `text`, scored. `completion`: role `prompt`, then role `completion` (scored).
-    `chat`: the conversation's own roles; assistant turns are scored.
+    `chat`: the conversation's own roles; assistant turns are scored, or those of other roles the corpus was read with.
     """
 
     kind: Kind
@@ -122,8 +125,15 @@ def completion_document(prompt: str, completion: str, metadata: dict[str, Any] |
     return Document(kind="completion", text=prompt + completion, messages=messages, metadata=metadata or {})
 
 
-def chat_document(conversation: list[dict[str, Any]], metadata: dict[str, Any] | None = None) -> Document:
-    """A conversation of `{"role": ..., "content": ..., ...}`; assistant turns are scored."""
+def chat_document(
+    conversation: list[dict[str, Any]],
+    metadata: dict[str, Any] | None = None,
+    score_roles: Collection[str] = ("assistant",),
+) -> Document:
+    """A conversation of `{"role": ..., "content": ..., ...}`; contents of `score_roles` are scored, tool results never.
+
+    Tool calls are not content: a template writes them from `extra`, and nobody is scored on them.
+    """
     messages, position = [], 0
     for turn in conversation:
         size = len((turn.get("content") or "").encode())
@@ -133,7 +143,7 @@ def chat_document(conversation: list[dict[str, Any]], metadata: dict[str, Any] |
                 role=turn["role"],
                 byte_start=position,
                 byte_end=position + size,
-                scored=turn["role"] == "assistant",
+                scored=turn["role"] in score_roles and turn["role"] not in TOOL_ROLES,
                 extra=extra,
             )
         )

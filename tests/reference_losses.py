@@ -1,5 +1,7 @@
 """The losses as their definitions read: float64, one position at a time, full sorts. Benchmarks import them too."""
 
+import math
+
 import torch
 
 
@@ -26,6 +28,28 @@ def cached_uld(
         k = len(probs_K)
         head_q = torch.cat([q[:k], q.new_zeros(max(0, k - len(q)))])
         losses.append((probs_K.double() - head_q).abs().sum() + (tail.double() - q[k:].sum()).abs())
+    return torch.stack(losses)
+
+
+def merged_uld(
+    student_logits: list[tuple[torch.Tensor, list[int]]], teacher: list[tuple[torch.Tensor, float, list[float]]]
+) -> torch.Tensor:
+    """(N,) chain rule over groups. Per group the student's (logits (S, V), ids of its first S - 1 tokens) and the
+    teacher's (sorted probabilities (K,) of its last row, its tail, gold log-probabilities of the rows before)."""
+    losses = []
+    for (logits_SV, ids), (probs_K, tail, golds) in zip(student_logits, teacher, strict=True):
+        q_SV = logits_SV.double().softmax(1)
+        student_scale = q_SV.new_ones(())
+        for position, token in enumerate(ids):
+            student_scale = student_scale * q_SV[position, token].clamp(min=1e-8)
+        teacher_scale = 1.0
+        for gold in golds:
+            teacher_scale *= max(math.exp(gold), 1e-8)
+        q = student_scale * q_SV[-1].sort(descending=True).values
+        k = len(probs_K)
+        head_q = torch.cat([q[:k], q.new_zeros(max(0, k - len(q)))])
+        loss = (teacher_scale * probs_K.double() - head_q).abs().sum()
+        losses.append(loss + (teacher_scale * tail - q[k:].sum()).abs())
     return torch.stack(losses)
 
 

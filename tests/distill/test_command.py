@@ -126,7 +126,7 @@ def test_another_run_in_the_same_folder_is_refused(cache_path, student_path, tmp
 
 def test_errors_are_one_line_and_exit_code_2(cache_path, student_path, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
-        run(main, command(cache_path, student_path, tmp_path, "--align", "merge"))
+        run(main, command(cache_path, student_path, tmp_path, "--align", "observed"))
     assert left.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -190,7 +190,8 @@ def test_nothing_to_compare_is_an_error(cache_path, student_path, tmp_path, monk
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"align": "merge"},
+        {"align": "observed"},
+        {"align": "merge", "mapped_weight": 1.0},
         {"loss_normalization": "words"},
         {"uld_weight": -1.0},
         {"ce_weight": 0.0, "uld_weight": 0.0},

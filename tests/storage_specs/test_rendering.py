@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizer_assets
-from chat_templates import CHATML, GEMMA, LLAMA2, LLAMA3, ZEPHYR
+from chat_templates import CHATML, GEMMA, LLAMA2, LLAMA3, LLAMA31, ZEPHYR
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nasty_strings import NASTY
@@ -244,6 +244,78 @@ def test_tool_calls_and_template_arguments_reach_the_template(smollm2: PreTraine
     assert text.endswith("THE END")
     scored = smollm2.decode(sequence.ids[sequence.scored].tolist())
     assert scored == "It is sunny.<|im_end|>"
+
+
+CALL = [{"type": "function", "function": {"name": "look", "arguments": {"where": "Ulm"}}}]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"date_string": "26 Jul 2024"}], ids=["today", "fixed"])
+def test_injected_system_prompts_dates_tool_calls_and_results(
+    llama3: PreTrainedTokenizerFast, arguments: dict[str, str]
+) -> None:
+    document = chat_document(
+        [
+            {"role": "user", "content": " weather? "},
+            {"role": "assistant", "content": "", "tool_calls": CALL},
+            {"role": "tool", "content": "sunny"},
+            {"role": "assistant", "content": "It is sunny."},
+        ]
+    )
+    sequence = render(llama3, document, chat_template=LLAMA31, chat_template_kwargs=arguments)
+    text = llama3.decode(sequence.ids.tolist())
+    assert arguments.get("date_string", "Today Date: ") in text
+    assert '{"name": "look", "arguments": {"where": "Ulm"}}' in text
+    assert "ipython<|end_header_id|>\n\nsunny" in text
+    assert llama3.decode(sequence.ids[sequence.scored].tolist()) == "It is sunny.<|eot_id|>"
+    # What the template made up has no coordinate.
+    placed = llama3.decode(sequence.ids[sequence.segment >= 0].tolist())
+    assert placed == "weather?<|eot_id|>sunny<|eot_id|>It is sunny.<|eot_id|>"
+    assert sequence.prefix_ids.tolist() == [llama3.bos_token_id]
+
+
+def test_a_scored_content_that_the_template_drops_for_a_tool_call_is_refused(llama3: PreTrainedTokenizerFast) -> None:
+    document = chat_document(
+        [{"role": "user", "content": "w?"}, {"role": "assistant", "content": "I look.", "tool_calls": CALL}]
+    )
+    with pytest.raises(ChatTemplateError, match="drops a scored one"):
+        render(llama3, document, chat_template=LLAMA31)
+
+
+def test_a_content_before_a_tool_call_is_scored_without_an_end(smollm2: PreTrainedTokenizerFast) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ '\n' }}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
+        "<|im_end|>\n{% endfor %}"
+    )
+    document = chat_document(
+        [{"role": "user", "content": "w?"}, {"role": "assistant", "content": "I look.", "tool_calls": CALL}]
+    )
+    sequence = render(smollm2, document, chat_template=template)
+    assert smollm2.decode(sequence.ids[sequence.scored].tolist()) == "I look."
+    assert not sequence.is_end[sequence.scored].any()
+
+
+@pytest.mark.parametrize("template", [CHATML, ZEPHYR], ids=["chatml", "zephyr"])
+def test_a_prefilled_assistant_turn_has_no_end(smollm2: PreTrainedTokenizerFast, template: str) -> None:
+    document = turns([("user", "count"), ("assistant", "one"), ("user", "on"), ("assistant", "two, three")])
+    sequence = render(smollm2, document, chat_template=template, chat_template_kwargs={"continue_final_message": True})
+    scored = [smollm2.decode([token]) for token in sequence.ids[sequence.scored].tolist()]
+    assert "".join(scored) == "one<|im_end|>two, three"
+    assert sequence.is_end[sequence.scored].sum() == 1
+    assert int(sequence.byte_end.max()) == len(document.text)
+
+
+def test_a_generation_prompt_is_the_templates(smollm2: PreTrainedTokenizerFast) -> None:
+    document = turns([("user", "count"), ("assistant", "one")])
+    sequence = render(smollm2, document, chat_template=CHATML, chat_template_kwargs={"add_generation_prompt": True})
+    assert smollm2.decode(sequence.ids.tolist()).endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert (sequence.segment[-3:] == -1).all()
+
+
+def test_roles_decide_what_is_scored(smollm2: PreTrainedTokenizerFast) -> None:
+    talk = [{"role": role, "content": content} for role, content in (("user", "a"), ("assistant", "b"), ("tool", "c"))]
+    sequence = render(smollm2, chat_document(talk, score_roles=("user", "tool")), chat_template=CHATML)
+    assert smollm2.decode(sequence.ids[sequence.scored].tolist()) == "a<|im_end|>"
 
 
 @pytest.mark.parametrize(
