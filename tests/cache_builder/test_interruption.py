@@ -52,7 +52,7 @@ class Build:
 
     def run(self, output: Path) -> str:
         process = self.start(output)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=400)
         assert process.returncode == 0, err
         return out
 
@@ -80,12 +80,12 @@ def interrupt(build: Build, output: Path, signal_number: int, shards: int, delay
     """Start the build; `delay` seconds after it has finished `shards` shards, send it the signal."""
     process = build.start(output)
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while len(finished_shards(output)) < shards and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(delay)
         process.send_signal(signal_number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=200)
     finally:
         process.kill()
     return process.returncode, err
