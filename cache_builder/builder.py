@@ -11,7 +11,7 @@ from typing import Any
 
 from cache_builder.corpus import read_corpus
 from cache_builder.engines import choose_engine, make_engine
-from cache_builder.engines.base import Engine, EngineConfig
+from cache_builder.engines.base import Engine, EngineConfig, check_window
 from cache_builder.progress import Progress, Work
 from cache_builder.rows import Cutter, cached_document
 from cache_builder.teacher import Teacher, find_teacher
@@ -19,6 +19,7 @@ from storage_specs.document import KINDS, TOOL_ROLES, CachedDocument, Document
 from storage_specs.errors import ConfigError
 from storage_specs.manifest import Manifest
 from storage_specs.plan import make_plan
+from storage_specs.token_alphabet import backend_of
 from storage_specs.vocabulary import Vocabulary, special_roles, token_bytes
 from storage_specs.writer import CacheSettings, CacheWriter
 
@@ -120,16 +121,18 @@ def build(config: BuildConfig) -> BuildReport:
     )
     engine = _engine(config, teacher)
     cutter = _cutter(config, teacher, engine.config)
-    _rehearse(cutter, documents)
+    _rehearse(cutter, documents, engine.config)
     settings = _settings(config, teacher, engine, cutter, has_chats=any(item.kind == "chat" for item in documents))
     plan = make_plan(documents, config.documents_per_shard)
     writer = CacheWriter(config.output, settings, plan)
     missing = writer.missing_shards()
     jobs = [(shard, [documents[number] for number in plan.shards[shard]]) for shard in missing]
     work = Work()
-    with Progress(sum(len(document.text) for _, shard in jobs for document in shard)) as progress:
+    characters = sum(len(document.text) for _, shard in jobs for document in shard)
+    with Progress(characters, len(plan.shards) - len(jobs), len(plan.shards)) as progress:
         for shard, members in jobs:
             writer.write_shard(shard, score_documents(members, engine, cutter, config.ids_kept, work, progress))
+            progress.shard_done()
     return BuildReport(
         manifest=writer.finalize(), shards_written=len(missing), work=work, seconds=time.monotonic() - started
     )
@@ -182,13 +185,18 @@ def _cutter(config: BuildConfig, teacher: Teacher, engine_config: EngineConfig) 
     )
 
 
-def _rehearse(cutter: Cutter, documents: Sequence[Document]) -> None:
-    """Cut the first document of each kind, so that a wrong template or window fails before the folder is claimed."""
-    for kind in KINDS:
-        for document in documents:
-            if document.kind == kind:
-                cutter.windows(document)
-                break
+def _rehearse(cutter: Cutter, documents: Sequence[Document], config: EngineConfig) -> None:
+    """Cut the first document of each kind, so that what is wrong with a template, the windows or the tokenizer fails
+    before the folder is claimed; every document where the tokenizer has words that the teacher's logits lack.
+
+    Special tokens beyond the logits are common (Gemma's image tokens) and do not count: texts hardly ever hold them.
+    """
+    words = backend_of(cutter.tokenizer).get_vocab(with_added_tokens=False)
+    suspect = max(words.values(), default=0) >= config.vocab_size
+    first_of_kind = [next((item for item in documents if item.kind == kind), None) for kind in KINDS]
+    for document in documents if suspect else filter(None, first_of_kind):
+        for window in cutter.windows(document):
+            check_window(window, config)
 
 
 def _settings(

@@ -1,10 +1,13 @@
 """What is in a cache and what it costs, for people and (as JSON) for scripts; and what a build prints at its end."""
 
 from collections import Counter
+from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage_specs.reader import open_cache
+from storage_specs.objects import LocalObjects
+from storage_specs.reader import Cache, open_cache
 
 if TYPE_CHECKING:
     from cache_builder.builder import BuildReport
@@ -13,9 +16,9 @@ if TYPE_CHECKING:
 
 def inspect(path: Path) -> dict[str, Any]:
     """JSON-able facts from the manifest and from the sizes of the objects. Raises NotACacheError, CorruptCacheError."""
-    manifest = open_cache(path).manifest
+    cache = open_cache(path)
+    manifest, columns = cache.manifest, column_bytes(cache)
     rows = manifest.counts["rows"]
-    columns = column_bytes(path)
     return {
         "cache_id": manifest.cache_id,
         "store": manifest.store,
@@ -25,7 +28,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "vocab_size": manifest.vocab_size,
         "counts": manifest.counts,
         "held_out": manifest.held_out,
-        "shards": len(list((path / "shards").glob("*.json"))),
+        "shards": len(cache.documents_per_shard),
         "bytes": sum(columns.values()),
         "bytes_per_row": sum(columns.values()) / rows if rows else None,
         "bytes_by_column": columns,
@@ -39,20 +42,23 @@ def inspect(path: Path) -> dict[str, Any]:
     }
 
 
-def column_bytes(path: Path) -> dict[str, int]:
-    """Stored bytes of every column over all shards; `other` is what belongs to none (headers, records, footers)."""
+def column_bytes(cache: Cache) -> dict[str, int]:
+    """Stored bytes of every column over all shards; `other` is what belongs to none (headers, records, footers).
+
+    Parquet shards say inside what their columns cost, so they are read whole and verified; of other objects only the
+    size is looked at. Raises CorruptCacheError's kinds.
+    """
     sizes: Counter[str] = Counter()
-    for file in (path / "shards").rglob("*"):
-        if not file.is_file():
-            continue
-        size = file.stat().st_size
-        inside = file.relative_to(path / "shards").parts
-        if file.suffix == ".parquet":
-            columns = _parquet_columns(file)
+    objects = LocalObjects(cache.path)
+    for stored in chain.from_iterable(cache.table.objects):
+        inside = stored.name.split("/")[1:]
+        if stored.name.endswith(".parquet"):
+            columns = _parquet_columns(objects.fetch(stored))
             sizes.update(columns)
-            sizes["other"] += size - sum(columns.values())
+            sizes["other"] += stored.size - sum(columns.values())
         else:
-            sizes[inside[1] if len(inside) > 2 else "other"] += size
+            objects.check_size(stored)
+            sizes[inside[1] if len(inside) > 2 else "other"] += stored.size
     return dict(sorted(sizes.items(), key=lambda item: (item[0] == "other", -item[1], item[0])))
 
 
@@ -94,7 +100,8 @@ def show_rows(path: Path, count: int) -> str:
 def build_summary(report: "BuildReport", path: Path) -> str:
     """What one call of `build` did and what the cache holds now."""
     counts, work = report.manifest.counts, report.work
-    size, rows = sum(column_bytes(path).values()), counts["rows"]
+    size = sum(stored.size for stored in chain.from_iterable(open_cache(path).table.objects))
+    rows = counts["rows"]
     if report.shards_written:
         speed = f"; {work.tokens:,} tokens in {report.seconds:.1f} s, {work.tokens / report.seconds:,.0f} tok/s"
         did = f"wrote {report.shards_written:,} shards{speed}"
@@ -108,11 +115,11 @@ def build_summary(report: "BuildReport", path: Path) -> str:
     )
 
 
-def _parquet_columns(file: Path) -> dict[str, int]:
+def _parquet_columns(data: bytes) -> dict[str, int]:
     import pyarrow.parquet as pq
 
     sizes: Counter[str] = Counter()
-    metadata = pq.ParquetFile(file).metadata
+    metadata = pq.ParquetFile(BytesIO(data)).metadata
     for group in range(metadata.num_row_groups):
         for number in range(metadata.num_columns):
             column = metadata.row_group(group).column(number)

@@ -1,5 +1,7 @@
-"""What a build has done so far, and the bar that shows it in tokens."""
+"""What a build has done so far, and the bar or the lines that show it in tokens."""
 
+import sys
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +19,16 @@ class Work:
 
 
 class Progress:
-    """A tqdm bar in tokens; silent where stderr is no terminal. The total is estimated from the characters done."""
+    """A tqdm bar in tokens; where stderr is no terminal, one line per finished shard instead.
 
-    def __init__(self, characters: int) -> None:
+    characters: of the documents still to be scored; the bar's total is estimated from those done. shards_done: finished
+    by earlier calls, of `shards` in all.
+    """
+
+    def __init__(self, characters: int, shards_done: int, shards: int) -> None:
         self.characters, self.characters_done = characters, 0
+        self.shards_done, self.shards = shards_done, shards
+        self.shard_tokens, self.shard_started = 0, time.monotonic()
         self.bar = tqdm(unit="tok", unit_scale=True, disable=None if characters else True, smoothing=0.1)
 
     def __enter__(self) -> "Progress":
@@ -30,9 +38,19 @@ class Progress:
         self.bar.close()
 
     def tokens(self, count: int) -> None:
+        self.shard_tokens += count
         self.bar.update(count)
 
     def document_done(self, document: Document) -> None:
         self.characters_done += len(document.text)
         if self.characters_done:
             self.bar.total = round(self.bar.n * self.characters / self.characters_done)
+
+    def shard_done(self) -> None:
+        """Call when a shard is written; its speed counts loading the teacher and writing, too."""
+        self.shards_done += 1
+        if not sys.stderr.isatty():
+            speed = self.shard_tokens / max(1e-9, time.monotonic() - self.shard_started)
+            line = f"shard {self.shards_done} of {self.shards}: {self.shard_tokens:,} tokens, {speed:,.0f} tok/s"
+            print(line, file=sys.stderr, flush=True)
+        self.shard_tokens, self.shard_started = 0, time.monotonic()

@@ -7,6 +7,7 @@ What the fields mean is `cache_builder.corpus`'s business.
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ def _file(path: Path) -> Iterator[Record]:
             yield Record(place=str(path), fields={"text": _decode(path.read_bytes(), str(path))})
         else:
             raise CorpusError(f"corpus {path}: its name must end in one of {', '.join(SUFFIXES)}")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:  # all three come from damaged .gz files
         raise CorpusError(f"corpus {path}: cannot be read: {error}") from None
 
 
@@ -90,15 +91,17 @@ def _decode(data: bytes, place: str) -> str:
 
 
 def _json_file(path: Path) -> Iterator[Record]:
+    first = True
     with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             place = f"{path}:{number}"
             text = _decode(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, place)
             if not text.strip():
                 continue
-            if number == 1 and text.lstrip().startswith("["):
+            if first and text.lstrip().startswith("["):
                 yield from _json_array(path, text + _decode(lines.read(), str(path)))
                 return
+            first = False
             yield Record(place=place, fields=_fields(_json(text, place), place))
 
 

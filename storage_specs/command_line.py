@@ -1,12 +1,14 @@
 """What both commands share: config files, unknown keys, one-line errors, exit codes.
 
 Flags may be written with dashes or underscores (`--max-model-len` = `--max_model_len`). `--config FILE` (YAML or TOML)
-sets defaults by the same names; flags on the command line override it. Unknown names are errors with the nearest match.
+sets defaults by the same names; flags on the command line override it, and `name: null` leaves a flag unset. Unknown
+names are errors with the nearest match.
 Exit codes: 0 done, 2 bad input, 130 interrupted (the state on disk can be resumed).
 """
 
 import argparse
 import difflib
+import json
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
@@ -82,7 +84,12 @@ def parse(
     if first.config:
         known = parser.names()
         for name, value in read_config(Path(first.config)).items():
+            if value is None:
+                continue
             if name in known:
+                given = any(argument.partition("=")[0] == f"--{name}" for argument in arguments)
+                if given and isinstance(_action(parser, name), argparse._AppendAction):
+                    continue  # argparse would append the flags' values to the file's
                 _set_default(parser, name, value, first.config)
             else:
                 extras[name] = value
@@ -104,20 +111,44 @@ def _config_only() -> Parser:
 
 def _set_default(parser: Parser, name: str, value: Any, place: str) -> None:
     """Take a config value as the default of a flag, checked by the flag's own type and choices."""
-    action = next(action for action in parser._actions if action.dest == name)
-    if isinstance(value, list) != (action.nargs in ("+", "*")) and not isinstance(action, argparse._AppendAction):
-        raise ConfigError(f"config file {place}: {name} does not take {value!r}")
+    action = _action(parser, name)
+    appended = isinstance(action, argparse._AppendAction)
+    if appended and not isinstance(value, list):
+        value = [value]
     try:
-        if action.type is not None and not isinstance(value, (bool, list)):
-            value = action.type(str(value))
-        elif action.type is not None and isinstance(value, list):
-            value = [action.type(str(item)) for item in value]
+        if isinstance(value, list) != (appended or action.nargs in ("+", "*")):
+            raise ValueError
+        value = [_flag_value(action, item) for item in value] if isinstance(value, list) else _flag_value(action, value)
     except (TypeError, ValueError, argparse.ArgumentTypeError):
         raise ConfigError(f"config file {place}: {name} does not take {value!r}") from None
-    if action.choices and value not in action.choices:
-        raise ConfigError(f"config file {place}: {name} is {value!r}, but must be one of {sorted(action.choices)}")
+    for item in value if isinstance(value, list) else [value]:
+        if action.choices and item not in action.choices:
+            raise ConfigError(f"config file {place}: {name} is {item!r}, but must be one of {sorted(action.choices)}")
     action.required = False
     parser.set_defaults(**{name: value})
+
+
+def _action(parser: Parser, name: str) -> argparse.Action:
+    return next(action for action in parser._actions if action.dest == name)
+
+
+def _flag_value(action: argparse.Action, value: Any) -> Any:
+    """What the flag would make of `value` on the command line. Raises ValueError, or what the flag's type raises.
+
+    Switches take true and false, and nothing else does; mappings are for flags whose metavar is JSON; the rest goes as
+    text.
+    """
+    if isinstance(value, bool) or action.nargs == 0:
+        if isinstance(value, bool) and action.nargs == 0:
+            return value
+        raise ValueError
+    if isinstance(value, dict):
+        if action.metavar != "JSON":
+            raise ValueError
+        value = json.dumps(value)
+    if value is None or isinstance(value, list):
+        raise ValueError
+    return str(value) if action.type is None else action.type(str(value))
 
 
 def _pairs(parser: Parser, rest: list[str]) -> dict[str, Any]:
@@ -135,11 +166,15 @@ def _pairs(parser: Parser, rest: list[str]) -> dict[str, Any]:
 
 
 def run(main: Callable[[Sequence[str]], int | None], arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a command and leave the process: typed errors become one line on stderr and exit code 2."""
+    """Run a command and leave the process: typed and system errors become one line on stderr, exit 2."""
     try:
         sys.exit(main(sys.argv[1:] if arguments is None else arguments) or 0)
     except TeachOnceError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # the last net: what no part of the program gave a type
+        place = f"{error.filename}: " if error.filename is not None else ""
+        print(f"error: {place}{' '.join((error.strerror or str(error)).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: what was finished is kept; run the same command again to resume", file=sys.stderr)

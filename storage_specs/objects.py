@@ -18,8 +18,10 @@ from storage_specs.errors import (
     ChecksumMismatchError,
     MalformedObjectError,
     MissingObjectError,
+    OutputFolderError,
     SizeMismatchError,
     StorageFullError,
+    TeachOnceError,
 )
 
 # Files being written lie here, named host-pid-number, and are renamed into place; what a killed writer left is swept.
@@ -117,7 +119,7 @@ class LocalObjects:
         return data
 
     def write_all(self, contents: Mapping[str, bytes]) -> None:
-        """Write objects, each atomically, replacing what was there. Raises StorageFullError."""
+        """Write objects, each atomically, replacing what was there. Raises StorageFullError, OutputFolderError."""
         folders: set[Path] = set()
         for name, data in contents.items():
             target = self.root / name
@@ -129,7 +131,10 @@ class LocalObjects:
             _sync(folder)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write an object only if there is none of that name: whether it was written. Raises StorageFullError."""
+        """Write an object only if there is none of that name: whether it was written.
+
+        Raises StorageFullError, OutputFolderError.
+        """
         target = self.root / name
         folders = self._make_folder(target.parent)
         with self._written(data, target) as temporary:
@@ -139,8 +144,9 @@ class LocalObjects:
         return created
 
     def delete(self, name: str) -> None:
-        """Delete an object, if there is one, for good."""
-        (self.root / name).unlink(missing_ok=True)
+        """Delete an object, if there is one, for good. Raises StorageFullError, OutputFolderError."""
+        with writing(self.root / name):
+            (self.root / name).unlink(missing_ok=True)
         if (self.root / name).parent.is_dir():
             _sync((self.root / name).parent)
 
@@ -156,8 +162,8 @@ class LocalObjects:
 
     def _make_folder(self, folder: Path) -> set[Path]:
         """Make a folder and its parents; returns the folders that got a new entry, to be synced."""
-        missing = [step for step in (folder, *folder.parents) if not step.exists()]
-        with _full_disk(folder):
+        with writing(folder):
+            missing = [step for step in (folder, *folder.parents) if not step.exists()]
             folder.mkdir(parents=True, exist_ok=True)
         return {step.parent for step in missing}
 
@@ -168,7 +174,7 @@ class LocalObjects:
         name = f"{socket.gethostname()}-{os.getpid()}-{next(_numbers)}"
         _in_use.add(name)
         try:
-            with _full_disk(target):
+            with writing(target):
                 folder.mkdir(exist_ok=True)
                 with open(folder / name, "xb") as file:
                     file.write(data)
@@ -176,17 +182,24 @@ class LocalObjects:
                     os.fsync(file.fileno())
                 yield folder / name  # renaming and linking need space too
         finally:
-            (folder / name).unlink(missing_ok=True)
+            with suppress(OSError):  # swept later
+                (folder / name).unlink(missing_ok=True)
             _in_use.discard(name)
 
 
 @contextmanager
-def _full_disk(target: Path) -> Iterator[None]:
+def writing(target: Path) -> Iterator[None]:
+    """Gives the system's errors their types: StorageFullError, or OutputFolderError for all that is not about space."""
     try:
         yield
+    except TeachOnceError:
+        raise
     except OSError as error:
         if error.errno not in _OUT_OF_SPACE:
-            raise
+            raise OutputFolderError(
+                f"{target}: cannot be written ({error.strerror or error}); finished shards are kept: make it writable, "
+                "or choose another output folder"
+            ) from error
         raise StorageFullError(
             f"{target}: no space left to write it ({error.strerror}); finished shards are kept: free space "
             "and run the same command again"
@@ -229,8 +242,9 @@ def _place(temporary: Path, target: Path) -> bool:
 
 def _sync(folder: Path) -> None:
     """Make a folder's entries durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with writing(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

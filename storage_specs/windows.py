@@ -36,9 +36,10 @@ class Window:
 def cut_windows(sequence: TokenSequence, capacity: int, overlap: int) -> list[Window]:
     """Windows of at most `capacity` tokens, prefix included, over the scored tokens of `sequence`, in order.
 
-    Each window repeats the prefix. A token after the first window has at least `overlap` tokens of the document before
-    it; windows start as late as that allows, so that there are as few as possible, and end with their last row's token.
-    A first token without any prefix has nothing that predicts it, and no row. No rows, no windows.
+    Each window repeats the prefix and ends with its last row's token. A token after the first window has at least
+    `overlap` tokens of the document before it. There are as few windows as that allows, and each is filled with as much
+    context before its first row as it can hold. A first token without any prefix has nothing that predicts it, and no
+    row. No rows, no windows.
 
     Raises ConfigError where `overlap` < 1 or `capacity` cannot hold the prefix, the overlap and one more token.
     """
@@ -59,8 +60,9 @@ def cut_windows(sequence: TokenSequence, capacity: int, overlap: int) -> list[Wi
     windows: list[Window] = []
     done = 0
     while done < len(rows_R):
-        start = 0 if rows_R[done] < room else int(rows_R[done]) - overlap
-        stop = int(np.searchsorted(rows_R, start + room))
+        latest_start = 0 if rows_R[done] < room else int(rows_R[done]) - overlap
+        stop = int(np.searchsorted(rows_R, latest_start + room))
+        start = max(0, int(rows_R[stop - 1]) + 1 - room)  # unscored tokens behind the last row leave room for context
         windows.append(_window(sequence, start, rows_R[done:stop], row_in_segment_R[done:stop], first_row=done))
         done = stop
     return windows

@@ -19,7 +19,7 @@ from storage_specs.errors import (
 )
 from storage_specs.finalization import commit, finalize_cache, finished_manifest
 from storage_specs.manifest import Manifest
-from storage_specs.objects import WRITING_FOLDER, LocalObjects, StoredObject
+from storage_specs.objects import WRITING_FOLDER, LocalObjects, StoredObject, writing
 from storage_specs.plan import Plan, differences, plan_from_bytes, plan_to_bytes
 from storage_specs.settings import CacheSettings
 from storage_specs.shard_record import ShardRecord, verified_record
@@ -41,8 +41,9 @@ class CacheWriter:
         self.settings, self.plan = settings, plan
         self.config_digest = settings.config_digest
         self._records: dict[int, ShardRecord] = {}
-        self._claim()
-        self.objects.sweep()
+        with writing(self.objects.root):  # looking into the folder may be refused, too
+            self._claim()
+            self.objects.sweep()
         if settings.vocabulary is not None and self.manifest is None:
             self.objects.write_all({vocabulary_table.NAME: vocabulary_table.vocabulary_to_bytes(settings.vocabulary)})
 
@@ -145,11 +146,8 @@ class CacheWriter:
                     f"{root} holds something else ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}); "
                     "nothing was touched; choose an empty or new output folder"
                 )
-        try:
-            if self.objects.create(plan_json.NAME, ours):
-                return
-        except PermissionError as error:
-            raise OutputFolderError(f"{root} cannot be written ({error}); choose another output folder") from None
+        if self.objects.create(plan_json.NAME, ours):
+            return
         theirs = self.objects.read(plan_json.NAME)
         if theirs != ours:
             plan, config = plan_from_bytes(theirs, str(root / plan_json.NAME))

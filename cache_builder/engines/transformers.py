@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from cache_builder.engines.base import EngineConfig, WindowScores, check_window, window_scores
 from storage_specs.errors import ConfigError, EngineError
@@ -78,9 +79,18 @@ class TransformersEngine:
                 transformers.utils.logging.disable_progress_bar()
             dtype = getattr(torch, self.config.dtype)
             try:
-                model = transformers.AutoModelForCausalLM.from_pretrained(self.config.model, dtype=dtype)
-            except (OSError, ValueError, RuntimeError) as error:
+                model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+                    self.config.model, dtype=dtype, output_loading_info=True
+                )
+            except (OSError, ValueError, RuntimeError, SafetensorError) as error:
                 raise EngineError(f"teacher {self.config.model}: transformers cannot load it: {error}") from error
+            # transformers gives them random values; tied weights that are stored once are not among them
+            unread = sorted(map(str, {*loading["missing_keys"], *loading["mismatched_keys"]}))
+            if unread:
+                raise EngineError(
+                    f"teacher {self.config.model}: {len(unread)} weights are missing from its files or have the wrong "
+                    f"shape ({', '.join(unread[:3])}{', ...' if len(unread) > 3 else ''}): fetch the model again"
+                )
             self._model = model.to(self.device).eval()
         return self._model
 

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tiny_teacher import VOCABULARY, make_tiny_teacher, write_corpus
 
 from cache_builder.builder import BuildConfig, build
 from cache_builder.engines.transformers import TransformersEngine
-from storage_specs.errors import CacheMismatchError, ChatTemplateError, ConfigError, OutputFolderError
+from storage_specs.errors import CacheMismatchError, ChatTemplateError, ConfigError, EngineError, OutputFolderError
 from storage_specs.reader import open_cache
 
 TEXTS = [
@@ -81,8 +82,8 @@ def test_every_scored_token_has_one_row_that_equals_the_brute_force(config: Buil
         assert document.byte_end[-1] == len(text.encode())
         capacity, position = 23, 1
         while position < len(ids):
-            start = 0 if position < capacity else position - 6
-            stop = min(len(ids), start + capacity)
+            stop = min(len(ids), capacity if position < capacity else position - 6 + capacity)
+            start = max(0, stop - capacity)
             with torch.inference_mode():
                 logits_LV = model(torch.tensor([ids[start:stop]])).logits[0].double()
             for token in range(position, stop):
@@ -265,3 +266,31 @@ def test_weights_digest_follows_content_not_place(teacher: Path, tmp_path: Path,
     (tmp_path / "same" / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="no weight files"):
         find_teacher(str(tmp_path / "same"))
+
+
+def test_damaged_weights_are_refused_instead_of_random_ones_used(
+    config: BuildConfig, smollm2_path: Path, tmp_path: Path
+) -> None:
+    file = make_tiny_teacher(tmp_path / "tiny", smollm2_path) / "model.safetensors"
+    whole, name = load_file(file), "model.layers.1.mlp.up_proj.weight"
+    assert "lm_head.weight" not in whole, "tied weights are stored once, and are not missing"
+    damaged = other(config, teacher=str(file.parent))
+    save_file({key: value for key, value in whole.items() if key != name}, file, {"format": "pt"})
+    with pytest.raises(EngineError, match=rf"1 weights are missing .*\({name}\)"):
+        build(damaged)
+    save_file(whole | {name: whole[name][:5].contiguous()}, file, {"format": "pt"})
+    with pytest.raises(EngineError, match="cannot load it"):
+        build(other(damaged, output=tmp_path / "shape"))
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(EngineError, match="cannot load it"):
+        build(other(damaged, output=tmp_path / "truncated"))
+
+
+def test_a_tokenizer_of_another_teacher_is_found_before_the_folder_is_claimed(
+    config: BuildConfig, gemma_path: Path
+) -> None:
+    """The first document's ids all exist in this teacher; only a later one's do not."""
+    write_corpus(Path(config.corpus), ["", "日本語 😀"])
+    with pytest.raises(EngineError, match="outside the teacher's vocabulary of 49152"):
+        build(other(config, tokenizer=str(gemma_path)))
+    assert not config.output.exists()

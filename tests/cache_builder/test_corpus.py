@@ -49,7 +49,8 @@ def test_json_array_gzip_bom_blank_lines_and_crlf(tmp_path: Path) -> None:
     (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(b"\n".join(json.dumps(r).encode() for r in RECORDS)))
     lines = b"\xef\xbb\xbf" + b"\r\n\r\n".join(json.dumps(record).encode() for record in RECORDS)
     (tmp_path / "windows.jsonl").write_bytes(lines)
-    for name in ("array.json", "packed.jsonl.gz", "windows.jsonl"):
+    (tmp_path / "late.json").write_text("\n \r\n" + json.dumps(RECORDS, indent=1), encoding="utf8")
+    for name in ("array.json", "packed.jsonl.gz", "windows.jsonl", "late.json"):
         assert documents(tmp_path / name) == DOCUMENTS
 
 
@@ -211,3 +212,18 @@ def test_scored_roles_and_never_tool_results(tmp_path: Path, roles: tuple[str, .
     assert "".join(chat.content(n) for n, message in enumerate(chat.messages) if message.scored) == scored
     behind = "".join(content for role, content in TALK[3:] if role in roles and role != "tool")
     assert "".join(prompted.content(n) for n, m in enumerate(prompted.messages) if m.scored) == behind
+
+
+def test_every_damage_of_a_gzip_file_is_a_corpus_error(tmp_path: Path) -> None:
+    """Deflate, checksum, header and end: zlib, gzip and the file system each have their own exception."""
+    data = gzip.compress("\n".join(json.dumps({"text": f"line {n}"}) for n in range(200)).encode(), mtime=0)
+    path = tmp_path / "a.jsonl.gz"
+    for place in range(0, len(data), 7):
+        if 4 <= place <= 9:  # the header's time and system, which nothing checks
+            continue
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :])
+        with pytest.raises(CorpusError):
+            documents(path)
+    path.write_bytes(data[:-20])
+    with pytest.raises(CorpusError, match="cannot be read"):
+        documents(path)

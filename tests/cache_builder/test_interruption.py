@@ -103,7 +103,8 @@ def test_the_same_command_resumes_to_the_same_bytes(
         code, err = interrupt(build, tmp_path / "cache", signal_number, shards, chance.uniform(0, 0.05))
         if signal_number == signal.SIGINT:
             assert code == 130, err
-            assert err.splitlines()[-1].startswith("interrupted: what was finished is kept")
+            # Not always the last line: asyncio may still name a task of Zarr's that the signal cut off.
+            assert any(line.startswith("interrupted: what was finished is kept") for line in err.splitlines()), err
         else:
             assert code == -signal.SIGKILL
         now = finished_shards(tmp_path / "cache")

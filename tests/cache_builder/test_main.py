@@ -1,6 +1,7 @@
 """The command `cache-builder`: flags, config files, exit codes, and what verify, inspect and finalize say."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def test_inspect_json_adds_up(cache: Path, capsys: pytest.CaptureFixture[str]) -
     assert 0 < facts["codec"]["max_l1_error"] < 32 * 2**-12
     assert (facts["k"], facts["k_ids"], facts["shards"]) == (32, 4, 2)
     assert facts["bytes"] == sum(file.stat().st_size for file in (cache / "shards").rglob("*") if file.is_file())
-    assert facts["bytes_by_column"] == column_bytes(cache)
+    assert facts["bytes_by_column"] == column_bytes(open_cache(cache))
     assert {"probs", "token_ids", "byte_start", "gold_logprob", "text", "other"} <= facts["bytes_by_column"].keys()
     assert facts["bytes_per_row"] == facts["bytes"] / manifest.counts["rows"]
 
@@ -128,11 +129,52 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Capt
             main([command, str(tmp_path)])
 
 
-def test_the_bar_is_silent_off_the_terminal(
+def test_off_the_terminal_every_finished_shard_is_a_line(
     sources: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert not sys.stderr.isatty()
-    assert main(["build", *sources, "--output", str(tmp_path / "cache")]) == 0
+    command = ["build", *sources, "--output", str(tmp_path / "cache"), "--documents-per-shard", "2"]
+    assert main(command) == 0
     captured = capsys.readouterr()
     assert "tok/s" in captured.out
-    assert "tok/s" not in captured.err
+    lines = [line for line in captured.err.splitlines() if "tok/s" in line]
+    assert [line.partition(":")[0] for line in lines] == ["shard 1 of 2", "shard 2 of 2"]
+    assert all(re.fullmatch(r"shard \d of 2: [\d,]+ tokens, [\d,]+ tok/s", line) for line in lines)
+    (tmp_path / "cache" / "manifest.json").unlink()
+    (tmp_path / "cache" / "shards" / "000001.json").unlink()
+    assert main(command) == 0
+    assert [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()] == ["shard 2 of 2"]
+
+
+def test_inspect_of_damaged_objects_is_a_typed_error(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    victim = max(
+        (file for file in (cache / "shards").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size
+    )
+    data = victim.read_bytes()
+    damages = [data[:-7], b"", None]
+    if victim.suffix == ".parquet":
+        damages.append(data[:-20] + bytes([data[-20] ^ 1]) + data[-19:])
+    for damage in damages:
+        victim.unlink() if damage is None else victim.write_bytes(damage)
+        try:
+            with pytest.raises(SystemExit) as left:
+                run(main, ["inspect", str(cache)])
+        finally:
+            victim.write_bytes(data)
+        assert left.value.code == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith(f"error: {victim.relative_to(cache)}: expected")
+        assert captured.err.count("\n") == 1
+
+
+def test_outputs_that_cannot_be_made_are_one_line(
+    sources: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ok.jsonl").touch()
+    for output in (tmp_path / "ok.jsonl" / "x", Path("/proc/foo")):
+        with pytest.raises(SystemExit) as left:
+            run(main, ["build", *sources, "--output", str(output)])
+        assert left.value.code == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith(f"error: {output}: cannot be written")
+        assert captured.err.count("\n") == 1

@@ -15,6 +15,7 @@ from storage_specs.errors import (
     CorruptCacheError,
     MalformedObjectError,
     MissingObjectError,
+    OutputFolderError,
     SizeMismatchError,
     StorageFullError,
 )
@@ -145,7 +146,26 @@ def test_full_disk_is_a_typed_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_other_failures_stay_what_they_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", ["create", "write_all"])
+def test_a_place_that_cannot_be_written_is_a_typed_error(tmp_path: Path, step: str) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"Not a directory|exists"):
-        LocalObjects(tmp_path).write_all({"file/x": b"1"})
+    below_a_file, below_proc = LocalObjects(tmp_path / "file" / "cache"), LocalObjects("/proc/none/cache")
+    for objects in (below_a_file, below_proc):
+        with pytest.raises(OutputFolderError, match=r"cache: cannot be written .* choose another output folder"):
+            objects.create("x", b"1") if step == "create" else objects.write_all({"x": b"1"})
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("step", ["mkdir", "open", "fsync", "replace"])
+def test_refusals_of_the_system_are_typed_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, step: str
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    objects = LocalObjects(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, refuse)
+        with pytest.raises(OutputFolderError, match=os.strerror(number)):
+            objects.write_all({"deep/one": b"1"})

@@ -39,7 +39,7 @@ def test_every_scored_token_has_one_row(scored: list[bool], prefix: int, overlap
     windows = cut_windows(tokens, capacity, overlap)
     predictable = [place for place, wanted in enumerate(scored) if wanted and (place > 0 or prefix)]
     seen = []
-    for number, window in enumerate(windows):
+    for window in windows:
         assert len(window.ids) <= capacity
         assert window.ids[:prefix].tolist() == tokens.prefix_ids.tolist()
         body = window.ids[prefix:]
@@ -59,8 +59,11 @@ def test_every_scored_token_has_one_row(scored: list[bool], prefix: int, overlap
             seen.append(place)
         for name in ("ids", "logits_index", "target_ids", "segment", "byte_start", "byte_end", "row_in_segment"):
             assert getattr(window, name).dtype == np.int64
-        if number and all(scored):
-            assert int(body[0]) - 100 == seen[windows[number].first_row] - overlap
+        start, stop = int(body[0]) - 100, int(body[0]) - 100 + len(body)
+        assert start == 0 or len(window.ids) == capacity, "no room for context is left unused"
+        first = seen[window.first_row]
+        latest_start = 0 if first < capacity - prefix else first - overlap
+        assert not any(stop <= place < latest_start + capacity - prefix for place in predictable), "as few as possible"
     assert seen == predictable
 
 
@@ -76,9 +79,11 @@ def test_the_first_token_without_a_prefix_has_no_row() -> None:
     assert cut_windows(sequence([True], prefix=0), capacity=9, overlap=1) == []
 
 
-def test_a_long_prompt_that_is_not_scored_costs_one_window() -> None:
+def test_a_long_prompt_that_is_not_scored_costs_one_window_and_fills_it() -> None:
     (window,) = cut_windows(sequence([False] * 50 + [True] * 3, prefix=1), capacity=12, overlap=4)
-    assert window.ids.tolist() == [-1, *range(146, 153)]
+    assert window.ids.tolist() == [-1, *range(142, 153)]
+    (window,) = cut_windows(sequence([False] * 2805 + [True] * 4, prefix=0), capacity=1024, overlap=128)
+    assert (len(window.ids), len(window.target_ids), window.ids[-1]) == (1024, 4, 100 + 2808)
 
 
 def test_no_rows_no_windows() -> None:
