@@ -54,7 +54,10 @@ def begin(output_dir: Path, run: dict[str, Any]) -> bool:
     Raises OutputFolderError for a folder of other things, CheckpointError for one of another run (cache, weights, ...).
     """
     record = read_record(output_dir)
-    others = sorted(path.name for path in output_dir.iterdir()) if record is None and output_dir.is_dir() else []
+    others = []
+    if record is None and output_dir.is_dir():
+        # A record that was being written when its writer was killed says nothing, and is no reason to refuse.
+        others = sorted(path.name for path in output_dir.iterdir() if path.name != f".{RECORD}")
     if others or output_dir.is_file():
         raise OutputFolderError(
             f"--output_dir {output_dir} holds something else ({', '.join(others[:3]) or 'a file'}) and nothing was "

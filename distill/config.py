@@ -60,6 +60,15 @@ class DistillationConfig(TrainingArguments):
             super().__post_init__()
         except (TypeError, ValueError) as error:
             raise ConfigError(f"training arguments: {error}") from error
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: must be at least 1")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}: must not be negative")
+        if self.max_steps == 0:
+            raise ConfigError("max_steps is 0: nothing would be learned (-1 counts by num_train_epochs)")
+        if self.label_smoothing_factor:
+            raise ConfigError("label_smoothing_factor must be 0: the teacher's distributions are what smooths here")
         for name in ("ce_weight", "uld_weight", "mapped_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} is {getattr(self, name)}: a weight is a finite number of at least 0")

@@ -53,8 +53,12 @@ def evaluate(
     for "teacher", whose figures come from the cache.
 
     Documents are rendered by each model's own tokenizer and template, longer ones cut into windows of `max_length`
-    tokens. Raises AlignmentError where there are no held-out documents, or no bytes that all score.
+    tokens. Raises AlignmentError where there are no held-out documents, or no bytes that all score, and ConfigError.
     """
+    if max_length < 1 or batch_size < 1:
+        raise ConfigError(f"max_length is {max_length} and batch_size {batch_size}: both must be at least 1")
+    if max_documents is not None and max_documents < 0:
+        raise ConfigError(f"max_documents is {max_documents}: must not be negative")
     documents = CachedDocuments(cache, held_out=True)
     cache_id = documents.cache.manifest.cache_id
     held_out = [documents[n] for n in range(len(documents))[:max_documents]]

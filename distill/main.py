@@ -184,6 +184,8 @@ def _evaluate(arguments: Sequence[str]) -> int:
         if not (name and equals and model) or name == "teacher" or name in models:
             raise ConfigError(f"--model {pair!r}: expected NAME=MODEL, each name once and none of them 'teacher'")
         models[name] = model
+    if namespace.output_file is not None and namespace.output_file.is_dir():
+        raise ConfigError(f"--output_file {namespace.output_file} is a folder: name a file")
     from distill.evaluate import evaluate, table, write_figures
 
     figures = evaluate(

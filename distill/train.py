@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -36,7 +37,7 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")
 SAME_RUN = (
     *(field.name for field in fields(DistillationConfig) if field.name not in TrainingArguments.__dataclass_fields__),
     *("seed", "data_seed", "learning_rate", "max_steps", "num_train_epochs", "warmup_steps", "weight_decay", "optim"),
-    "lr_scheduler_type",
+    *("lr_scheduler_type", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16"),
 )
 
 
@@ -161,9 +162,17 @@ def load_model(name: str, dtype: str) -> transformers.PreTrainedModel:
         transformers.utils.logging.disable_progress_bar()
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=wanted)
-    except (OSError, ValueError) as error:
+        model, loading = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"the model {name} cannot be loaded as a causal language model: {error}") from error
+    # transformers gives them random values; tied weights that are stored once are not among them
+    unread = sorted(map(str, {*loading["missing_keys"], *loading["mismatched_keys"]}))
+    if unread:
+        raise ConfigError(
+            f"the model {name}: {len(unread)} weights are missing from its files or have the wrong shape "
+            f"({', '.join(unread[:3])}{', ...' if len(unread) > 3 else ''}): fetch the model again"
+        )
+    return model
 
 
 def say(config: DistillationConfig, line: str) -> None:

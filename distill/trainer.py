@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from distill.checkpoint import check_checkpoint, last_whole_checkpoint, remove_old_checkpoints, write_record
+from distill.checkpoint import RECORD, check_checkpoint, last_whole_checkpoint, remove_old_checkpoints, write_record
 from distill.collator import Batch, DistillationCollator
 from distill.comparison import Comparison, compare
 from distill.config import DistillationConfig
@@ -262,6 +262,8 @@ class CachedDistillationTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Trainer's, then the record that makes it whole; older ones are removed only after that."""
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / RECORD).unlink(missing_ok=True)  # written again after an earlier checkpoint was resumed from
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from distill.checkpoint import RECORD, last_whole_checkpoint
+from distill.checkpoint import RECORD, begin, last_whole_checkpoint
 from distill.main import main
 from distill.train import make_config
 from storage_specs import open_cache
@@ -129,6 +130,47 @@ def test_errors_are_one_line_and_exit_code_2(cache_path, student_path, tmp_path,
         run(main, command(cache_path, student_path, tmp_path, "--align", "observed"))
     assert left.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--per_device_train_batch_size", "0"),
+        ("--gradient_accumulation_steps", "-1"),
+        ("--max_steps", "0"),
+        ("--seed", "-1"),
+        ("--label_smoothing_factor", "0.1"),
+    ],
+)
+def test_values_out_of_range_are_refused(cache_path, student_path, tmp_path, flags):
+    with pytest.raises(ConfigError, match=flags[0].removeprefix("--")):
+        main(command(cache_path, student_path, tmp_path / "run", *flags))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_with_missing_or_truncated_weights_is_refused(cache_path, student_path, tmp_path):
+    """transformers would fill what is missing with random values."""
+    broken = shutil.copytree(student_path, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    save_file({name: tensor for name, tensor in weights.items() if "mlp" not in name}, broken / "model.safetensors")
+    with pytest.raises(ConfigError, match="weights are missing"):
+        main(command(cache_path, broken, tmp_path / "run"))
+    whole = (student_path / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        main(["evaluate", "--cache", str(cache_path), "--model", f"broken={broken}"])
+
+
+def test_evaluate_refuses_before_scoring(cache_path, student_path, tmp_path):
+    words = ["evaluate", "--cache", str(cache_path), "--model", f"one={student_path}"]
+    for flags in (("--batch_size", "0"), ("--max_documents", "-1"), ("--output_file", str(tmp_path))):
+        with pytest.raises(ConfigError, match=flags[0].removeprefix("--")):
+            main([*words, *flags])
+
+
+def test_a_killed_writers_leftover_does_not_lock_the_folder(tmp_path):
+    (tmp_path / f".{RECORD}").touch()
+    assert begin(tmp_path, {"cache_id": "any"})
 
 
 def test_values_are_typed_as_training_arguments_are(tmp_path):
