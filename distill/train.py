@@ -1,5 +1,6 @@
 """`distill train`: everything that can be wrong is checked before a model is loaded; the same command resumes."""
 
+import errno
 import json
 import signal
 import sys
@@ -29,7 +30,7 @@ from distill.config import DistillationConfig
 from distill.dataset import CachedDocuments
 from distill.trainer import CachedDistillationTrainer
 from storage_specs.command_line import Parser
-from storage_specs.errors import CacheMismatchError, ConfigError
+from storage_specs.errors import CacheMismatchError, ConfigError, StorageFullError
 from storage_specs.manifest import Manifest
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -101,12 +102,13 @@ def train(run: TrainingRun) -> dict[str, Any]:
         say(config, f"resuming from {checkpoint}")
     if config.should_save:
         write_record(output_dir, {"run": identity, "finished": False})
-    with stop.listening():
+    with stop.listening(), _full_disk_is_typed(output_dir):
         trainer.train(checkpoint)
     if stop.interrupted and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
-    trainer.save_model()
-    trainer.save_state()
+    with _full_disk_is_typed(output_dir):
+        trainer.save_model()
+        trainer.save_state()
     record = {"run": identity, "finished": True, "steps": trainer.state.global_step}
     if comparison is not None:
         record["comparison"] = asdict(comparison)
@@ -191,6 +193,22 @@ def _identity(run: TrainingRun, manifest: Manifest) -> dict[str, Any]:
         **{name: config[name] for name in SAME_RUN},
         "documents_per_step": documents_per_step * run.config.world_size,
     }
+
+
+@contextmanager
+def _full_disk_is_typed(output_dir: Path) -> Iterator[None]:
+    """safetensors and torch.save have errors of their own for a file that cannot be written."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        unwritten = isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error)
+        if not full and not unwritten:
+            raise
+        raise StorageFullError(
+            f"{output_dir}: a checkpoint could not be written ({error}); whole checkpoints are kept: free space and "
+            "run the same command again"
+        ) from error
 
 
 class _StopOnInterrupt(TrainerCallback):

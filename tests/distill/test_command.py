@@ -168,6 +168,21 @@ def test_evaluate_refuses_before_scoring(cache_path, student_path, tmp_path):
             main([*words, *flags])
 
 
+def test_a_full_disk_is_one_line_and_the_same_command_resumes(cache_path, student_path, tmp_path):
+    """A real failure to write: the kernel refuses files over 200 kB, which the weights are."""
+    words = [sys.executable, "-m", "distill", *command(cache_path, student_path, tmp_path / "run", "--max_steps", "3")]
+    limited = "import resource, os; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000,) * 2); "
+    limited += f"os.execv({words[0]!r}, {words!r})"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    failed = subprocess.run(
+        [sys.executable, "-c", limited], capture_output=True, text=True, env=environment, check=False
+    )
+    assert failed.returncode == 2, failed.stderr
+    assert "could not be written" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert main(words[3:]) == 0
+
+
 def test_a_killed_writers_leftover_does_not_lock_the_folder(tmp_path):
     (tmp_path / f".{RECORD}").touch()
     assert begin(tmp_path, {"cache_id": "any"})
