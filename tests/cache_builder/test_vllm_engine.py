@@ -6,6 +6,7 @@ its threads, signal handlers and warnings do not reach the other tests.
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import types
@@ -68,7 +69,9 @@ def test_every_row_equals_the_brute_force_forward(model: str, request: pytest.Fi
         arguments={"enforce_eager": True, "max_num_batched_tokens": "64"},
     )
     (tmp_path / "in").write_bytes(pickle.dumps((config, windows)))
-    subprocess.run([sys.executable, "-c", SCORE, tmp_path / "in", tmp_path / "out"], env=ENVIRONMENT, check=True)
+    # The CPU build now and then aborts at interpreter exit (a C++ thread still joinable), after the rows were written.
+    done = subprocess.run([sys.executable, "-c", SCORE, tmp_path / "in", tmp_path / "out"], env=ENVIRONMENT, check=False)
+    assert done.returncode in (0, -signal.SIGABRT)
     description, scored = pickle.loads((tmp_path / "out").read_bytes())
     assert (description["name"], description["dtype"], description["arguments"]) == ("vllm", "float32", {})
     assert len(scored) == len(windows)
