@@ -70,7 +70,8 @@ def test_every_row_equals_the_brute_force_forward(model: str, request: pytest.Fi
     )
     (tmp_path / "in").write_bytes(pickle.dumps((config, windows)))
     # The CPU build now and then aborts at interpreter exit (a C++ thread still joinable), after the rows were written.
-    done = subprocess.run([sys.executable, "-c", SCORE, tmp_path / "in", tmp_path / "out"], env=ENVIRONMENT, check=False)
+    command = [sys.executable, "-c", SCORE, tmp_path / "in", tmp_path / "out"]
+    done = subprocess.run(command, env=ENVIRONMENT, check=False)
     assert done.returncode in (0, -signal.SIGABRT)
     description, scored = pickle.loads((tmp_path / "out").read_bytes())
     assert (description["name"], description["dtype"], description["arguments"]) == ("vllm", "float32", {})
