@@ -69,7 +69,7 @@ def test_every_row_equals_the_brute_force_forward(model: str, request: pytest.Fi
         arguments={"enforce_eager": True, "max_num_batched_tokens": "64"},
     )
     (tmp_path / "in").write_bytes(pickle.dumps((config, windows)))
-    # The CPU build now and then aborts at interpreter exit (a C++ thread still joinable), after the rows were written.
+    # The CPU build was once seen to abort ("terminate called without an active exception"); only whole rows will pass.
     command = [sys.executable, "-c", SCORE, tmp_path / "in", tmp_path / "out"]
     done = subprocess.run(command, env=ENVIRONMENT, check=False)
     assert done.returncode in (0, -signal.SIGABRT)
