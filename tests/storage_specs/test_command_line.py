@@ -117,7 +117,7 @@ def test_toml_values_of_another_type_are_refused(tmp_path: Path, wrong: str) -> 
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (PermissionError(errno.EACCES, "Permission denied", "/elsewhere/x"), "error: /elsewhere/x: Permission denied\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "/far/x"), "error: /far/x: Permission denied\n"),
         (OSError("two\nlines"), "error: two lines\n"),
         (ConfigError("k is\n0"), "error: k is 0\n"),
     ],
