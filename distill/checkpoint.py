@@ -4,40 +4,72 @@
 written after everything else in it has reached the disk, so that a checkpoint without it is never resumed from.
 """
 
+import errno
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from storage_specs.document import canonical_json
-from storage_specs.errors import CheckpointError, OutputFolderError
+from storage_specs.errors import CheckpointError, OutputFolderError, StorageFullError, TeachOnceError
 
 RECORD = "distill.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What safetensors and torch.save say when a write fails; neither passes the system's error number on.
+_FAILED_WRITE = re.compile(r"I/O error|os error|PytorchStreamWriter|inline_container")
+
+
+@contextmanager
+def saving(target: Path) -> Iterator[None]:
+    """Types the errors of writing below `target`: StorageFullError, or OutputFolderError for all but lack of space."""
+    try:
+        yield
+    except TeachOnceError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        is_system = isinstance(error, OSError)
+        if not is_system and not _FAILED_WRITE.search(str(error)):
+            raise
+        if is_system and error.errno not in _OUT_OF_SPACE:
+            raise OutputFolderError(
+                f"{target}: cannot be written ({error.strerror or error}): make it writable, or name another place"
+            ) from error
+        raise StorageFullError(
+            f"{target}: could not be written for lack of space ({error}); whole checkpoints are kept: free space and "
+            "run the same command again"
+        ) from error
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record in a folder, or None. Raises CheckpointError where it cannot be read."""
+    """The record in a folder, or None. Raises CheckpointError (not JSON) and OutputFolderError (not readable)."""
     try:
         return json.loads((folder / RECORD).read_bytes())
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise OutputFolderError(f"{folder / RECORD} cannot be read ({error.strerror}): name another folder") from None
     except ValueError as error:
         raise CheckpointError(f"{folder / RECORD} is not JSON ({error}): remove {folder} and start anew") from None
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write the record atomically, after all files of the folder have reached the disk."""
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f".{RECORD}"
-    scratch.write_bytes(canonical_json(record))
-    for path in folder.iterdir():
-        if path.is_file():
-            _sync(path)
-    scratch.replace(folder / RECORD)
-    _sync(folder)
+    """Write the record atomically, after all files of the folder have reached the disk. Raises as `saving`."""
+    with saving(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = folder / f".{RECORD}"
+        scratch.write_bytes(canonical_json(record))
+        for path in folder.iterdir():
+            if path.is_file():
+                _sync(path)
+        scratch.replace(folder / RECORD)
+        _sync(folder)
 
 
 def _sync(path: Path) -> None:

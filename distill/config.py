@@ -58,7 +58,7 @@ class DistillationConfig(TrainingArguments):
     def __post_init__(self) -> None:
         try:
             super().__post_init__()
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # every backend and integration that it looks for has errors of its own
             raise ConfigError(f"training arguments: {error}") from error
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
@@ -67,6 +67,10 @@ class DistillationConfig(TrainingArguments):
             raise ConfigError(f"seed is {self.seed}: must not be negative")
         if self.max_steps == 0:
             raise ConfigError("max_steps is 0: nothing would be learned (-1 counts by num_train_epochs)")
+        if self.max_steps < 0 and self.num_train_epochs <= 0:
+            raise ConfigError(f"num_train_epochs is {self.num_train_epochs}: nothing would be learned")
+        if self.chat_template_kwargs is not None and not isinstance(self.chat_template_kwargs, dict):
+            raise ConfigError(f"chat_template_kwargs is {self.chat_template_kwargs!r}: must be a JSON object, {{...}}")
         if self.label_smoothing_factor:
             raise ConfigError("label_smoothing_factor must be 0: the teacher's distributions are what smooths here")
         for name in ("ce_weight", "uld_weight", "mapped_weight"):

@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distill.checkpoint import saving
 from distill.dataset import CachedDocuments
 from distill.head import picked_logits
 from distill.train import load_model, load_tokenizer
@@ -48,12 +49,15 @@ def evaluate(
     max_length: int = 1024,
     batch_size: int = 8,
     max_documents: int | None = None,
+    chat_template: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """{name: {"bits_per_byte", "documents", "bytes", "cache_id"}} for every model of {name: hub name or folder}, and
     for "teacher", whose figures come from the cache.
 
-    Documents are rendered by each model's own tokenizer and template, longer ones cut into windows of `max_length`
-    tokens. Raises AlignmentError where there are no held-out documents, or no bytes that all score, and ConfigError.
+    Documents are rendered by each model's own tokenizer and template (chats with `chat_template`, where given), longer
+    ones cut into windows of `max_length` tokens. Raises AlignmentError where there are no held-out documents, or no
+    bytes that all score, and ConfigError.
     """
     if max_length < 1 or batch_size < 1:
         raise ConfigError(f"max_length is {max_length} and batch_size {batch_size}: both must be at least 1")
@@ -68,7 +72,16 @@ def evaluate(
     for name, path in models.items():
         tokenizer, model = load_tokenizer(path), load_model(path, "float32")
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        scores[name] = score(model, tokenizer, held_out, max_length=max_length, batch_size=batch_size, label=name)
+        scores[name] = score(
+            model,
+            tokenizer,
+            held_out,
+            max_length=max_length,
+            batch_size=batch_size,
+            chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+            label=name,
+        )
         del model
     scores["teacher"] = [teacher_scores(document) for document in held_out]
     return figures(scores, cache_id)
@@ -137,13 +150,16 @@ def score(
     *,
     max_length: int = 1024,
     batch_size: int = 8,
+    chat_template: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
     label: str = "score",
 ) -> list[Scores]:
     """What `model` says about every document. Raises ConfigError where max_length is more than the model reads."""
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and max_length > limit:
         raise ConfigError(f"max_length is {max_length}, but {label} reads at most {limit} tokens")
-    windows = [cut_windows(render(tokenizer, each), max_length, max(1, max_length // 8)) for each in documents]
+    sequences = (render(tokenizer, each, chat_template, chat_template_kwargs) for each in documents)
+    windows = [cut_windows(sequence, max_length, max(1, max_length // 8)) for sequence in sequences]
     flat = sorted((window for of_one in windows for window in of_one), key=lambda window: -len(window.ids))
     nats: dict[int, np.ndarray] = {}
     with tqdm(total=sum(len(w.ids) for w in flat), unit="tok", unit_scale=True, desc=label, disable=None) as bar:
@@ -195,8 +211,9 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def write_figures(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the figures as JSON, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}")
-    scratch.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
-    scratch.replace(path)
+    """Write the figures as JSON, atomically. Raises StorageFullError, OutputFolderError."""
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{path.name}")
+        scratch.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+        scratch.replace(path)

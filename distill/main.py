@@ -10,6 +10,7 @@ Nothing heavy is imported before a command runs, so that --help answers at once.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from storage_specs.command_line import Parser, nearest, parse, run
 from storage_specs.errors import ConfigError
@@ -108,9 +109,11 @@ def evaluate_parser() -> Parser:
         help="name in the table = hub name or folder; repeat",
     )
     add("--output_file", type=Path, metavar="FILE", help="write the figures as JSON")
-    add("--max_length", type=int, default=1024, metavar="N", help="tokens per window (default: 1024)")
-    add("--batch_size", type=int, default=8, metavar="N", help="windows per forward pass (default: 8)")
-    add("--max_documents", type=int, metavar="N", help="take the first N held-out documents")
+    add("--max_length", type=_count, default=1024, metavar="N", help="tokens per window (default: 1024)")
+    add("--batch_size", type=_count, default=8, metavar="N", help="windows per forward pass (default: 8)")
+    add("--max_documents", type=_count, metavar="N", help="take the first N held-out documents")
+    add("--chat_template", type=Path, metavar="FILE", help="Jinja template for chats, instead of the models' own")
+    add("--chat_template_kwargs", metavar="JSON", help="arguments of the template")
     return parser
 
 
@@ -184,8 +187,10 @@ def _evaluate(arguments: Sequence[str]) -> int:
         if not (name and equals and model) or name == "teacher" or name in models:
             raise ConfigError(f"--model {pair!r}: expected NAME=MODEL, each name once and none of them 'teacher'")
         models[name] = model
-    if namespace.output_file is not None and namespace.output_file.is_dir():
-        raise ConfigError(f"--output_file {namespace.output_file} is a folder: name a file")
+    if namespace.output_file is not None:
+        _check_output_file(namespace.output_file)
+    template = None if namespace.chat_template is None else _read(namespace.chat_template)
+    template_kwargs = _json_object("--chat_template_kwargs", namespace.chat_template_kwargs)
     from distill.evaluate import evaluate, table, write_figures
 
     figures = evaluate(
@@ -194,11 +199,43 @@ def _evaluate(arguments: Sequence[str]) -> int:
         max_length=namespace.max_length,
         batch_size=namespace.batch_size,
         max_documents=namespace.max_documents,
+        chat_template=template,
+        chat_template_kwargs=template_kwargs,
     )
     print(table(figures))
     if namespace.output_file is not None:
         write_figures(namespace.output_file, figures)
     return 0
+
+
+def _count(text: str) -> int:
+    """A whole number of at least 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+    return value
+
+
+def _check_output_file(path: Path) -> None:
+    """Make the folder of a file to be written, before the work whose result it takes. Raises ConfigError."""
+    if path.is_dir():
+        raise ConfigError(f"--output_file {path} is a folder: name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output_file {path}: its folder cannot be made ({error.strerror})") from None
+
+
+def _json_object(flag: str, value: str | dict[str, Any] | None) -> dict[str, Any] | None:
+    """A flag's JSON object, or a config file's mapping."""
+    import json
+
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ConfigError(f"{flag} {value}: not JSON: {error}") from None
+    if parsed is not None and not isinstance(parsed, dict):
+        raise ConfigError(f"{flag} {value}: must be a JSON object, {{...}}")
+    return parsed
 
 
 def _read(path: Path) -> str:

@@ -1,44 +1,46 @@
 """`distill train`: everything that can be wrong is checked before a model is loaded; the same command resumes."""
 
-import errno
 import json
+import re
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
     PreTrainedTokenizerBase,
     TrainerCallback,
-    TrainingArguments,
 )
 
-from distill.checkpoint import begin, last_whole_checkpoint, write_record
+from distill.checkpoint import begin, last_whole_checkpoint, saving, write_record
 from distill.collator import DistillationCollator
 from distill.comparison import compare
 from distill.config import DistillationConfig
 from distill.dataset import CachedDocuments
 from distill.trainer import CachedDistillationTrainer
 from storage_specs.command_line import Parser
-from storage_specs.errors import CacheMismatchError, ConfigError, StorageFullError
+from storage_specs.errors import CacheMismatchError, ConfigError
 from storage_specs.manifest import Manifest
+from storage_specs.model_identity import model_digest
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-# What makes a run itself beside its cache and its student: a checkpoint of a run that differs here is not resumed from.
-SAME_RUN = (
-    *(field.name for field in fields(DistillationConfig) if field.name not in TrainingArguments.__dataclass_fields__),
-    *("seed", "data_seed", "learning_rate", "max_steps", "num_train_epochs", "warmup_steps", "weight_decay", "optim"),
-    *("lr_scheduler_type", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16"),
+# Training arguments that say where, how fast and how talkatively a run goes, not what it learns; all others make it
+# itself, and a checkpoint of a run that differs in one is not resumed from. The batch size counts as a product.
+NOT_THE_RUN = re.compile(
+    "output_dir|log_.*|logging_.*|disable_tqdm|report_to|run_name|project|trackio_.*|debug|skip_memory_metrics|"
+    "save_.*|enable_jit_checkpoint|resume_from_checkpoint|restore_callback_states_from_checkpoint|push_to_hub|hub_.*|"
+    "eval_.*|per_device_eval_batch_size|prediction_loss_only|include_.*|batch_eval_metrics|load_best_model_at_end|"
+    "metric_for_best_model|greater_is_better|do_.*|dataloader_.*|gradient_checkpointing.*|torch_empty_cache_steps|"
+    "use_cpu|local_rank|ddp_.*|average_tokens_across_devices|per_device_train_batch_size|gradient_accumulation_steps"
 )
 
 
@@ -97,16 +99,17 @@ def train(run: TrainingRun) -> dict[str, Any]:
         callbacks=[stop],
     )
     say(config, f"{len(documents)} documents, {trainer.batches.steps} steps of {trainer.batches.global_size} per epoch")
-    checkpoint = config.resume_from_checkpoint or last_whole_checkpoint(output_dir)
+    asked = config.resume_from_checkpoint
+    checkpoint = True if str(asked).lower() == "true" else asked or last_whole_checkpoint(output_dir)
     if checkpoint:
-        say(config, f"resuming from {checkpoint}")
+        say(config, f"resuming from {'the last whole checkpoint' if checkpoint is True else checkpoint}")
     if config.should_save:
         write_record(output_dir, {"run": identity, "finished": False})
-    with stop.listening(), _full_disk_is_typed(output_dir):
+    with stop.listening():
         trainer.train(checkpoint)
     if stop.interrupted and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
-    with _full_disk_is_typed(output_dir):
+    with saving(output_dir):
         trainer.save_model()
         trainer.save_state()
     record = {"run": identity, "finished": True, "steps": trainer.state.global_step}
@@ -154,18 +157,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Raises ConfigError where there is none; one without a fast backend is refused where its spans are needed."""
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises no class of its own
         raise ConfigError(f"the tokenizer of {name} cannot be loaded: {error}") from error
 
 
 def load_model(name: str, dtype: str) -> transformers.PreTrainedModel:
-    """A causal language model. Raises ConfigError where it cannot be loaded."""
+    """A causal language model. Raises ConfigError where it cannot be loaded whole."""
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, output_loading_info=True)
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # every file format has errors of its own
         raise ConfigError(f"the model {name} cannot be loaded as a causal language model: {error}") from error
     # transformers gives them random values; tied weights that are stored once are not among them
     unread = sorted(map(str, {*loading["missing_keys"], *loading["mismatched_keys"]}))
@@ -177,6 +180,19 @@ def load_model(name: str, dtype: str) -> transformers.PreTrainedModel:
     return model
 
 
+def student_digest(name: str) -> str:
+    """What tells a student from another under the same name: its files' digest, or the commit of a hub name.
+
+    Raises ConfigError where there is no such model.
+    """
+    try:
+        if Path(name).is_dir():
+            return model_digest(Path(name))
+        return Path(transformers.utils.cached_file(name, "config.json")).parent.name
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the model {name} cannot be read: {error}") from error
+
+
 def say(config: DistillationConfig, line: str) -> None:
     """Tell the user, once per run whatever the number of ranks."""
     if config.process_index == 0:
@@ -184,31 +200,16 @@ def say(config: DistillationConfig, line: str) -> None:
 
 
 def _identity(run: TrainingRun, manifest: Manifest) -> dict[str, Any]:
-    config = run.config.to_dict()
+    config = json.loads(json.dumps(run.config.to_dict(), default=str))  # as a record gives it back
     documents_per_step = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
     return {
         "cache_id": manifest.cache_id,
         "student": str(run.model_name_or_path),
+        "student_digest": student_digest(run.model_name_or_path),
         "dtype": run.dtype,
-        **{name: config[name] for name in SAME_RUN},
+        **{name: value for name, value in config.items() if not NOT_THE_RUN.fullmatch(name)},
         "documents_per_step": documents_per_step * run.config.world_size,
     }
-
-
-@contextmanager
-def _full_disk_is_typed(output_dir: Path) -> Iterator[None]:
-    """safetensors and torch.save have errors of their own for a file that cannot be written."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        unwritten = isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error)
-        if not full and not unwritten:
-            raise
-        raise StorageFullError(
-            f"{output_dir}: a checkpoint could not be written ({error}); whole checkpoints are kept: free space and "
-            "run the same command again"
-        ) from error
 
 
 class _StopOnInterrupt(TrainerCallback):

@@ -4,6 +4,7 @@ Legend: R labels, N compared rows, V student vocabulary.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from distill.checkpoint import RECORD, check_checkpoint, last_whole_checkpoint, remove_old_checkpoints, write_record
+from distill.checkpoint import (
+    RECORD,
+    check_checkpoint,
+    last_whole_checkpoint,
+    remove_old_checkpoints,
+    saving,
+    write_record,
+)
 from distill.collator import Batch, DistillationCollator
 from distill.comparison import Comparison, compare
 from distill.config import DistillationConfig
@@ -24,7 +32,7 @@ from distill.merged import log_scale_of, merged_uld_loss
 from distill.progress import TokenProgress
 from distill.sampler import EpochBatches
 from distill.teacher_rows import TeacherRows
-from storage_specs.errors import CheckpointError, NonFiniteLossError
+from storage_specs.errors import CheckpointError, ConfigError, NonFiniteLossError, TeachOnceError
 
 # What is summed over rows; the last is no loss but how far ULD may be off: the mean width of its certificate.
 TERMS = ("ce", "uld", "mapped", "uld_width")
@@ -41,7 +49,7 @@ class CachedDistillationTrainer(Trainer):
 
     Takes what `transformers.Trainer` takes, without the arguments that say where data and losses come from. Raises
     TokenizerError, ConfigError, AlignmentError (nothing to compare), CheckpointError, NonFiniteLossError (naming the
-    documents of the batch).
+    documents of the batch), and in saving StorageFullError, OutputFolderError.
     """
 
     def __init__(
@@ -59,15 +67,17 @@ class CachedDistillationTrainer(Trainer):
     ) -> None:
         if args.n_gpu > 1:
             args._n_gpu = 1  # one process, one GPU: flattened batches cannot be scattered; torchrun uses them all
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator or DistillationCollator(processing_class, args, train_dataset.cache),
-            train_dataset=train_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        collator = data_collator or DistillationCollator(processing_class, args, train_dataset.cache)
+        with _setting_up():
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=collator,
+                train_dataset=train_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
         # The loss is divided by counts of the whole step: nothing is left for Trainer to divide by.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -259,14 +269,25 @@ class CachedDistillationTrainer(Trainer):
             self.comparison = compare(self.train_dataset, self.data_collator)
         return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **options)
 
+    def create_optimizer(self, *arguments: Any, **options: Any) -> torch.optim.Optimizer:
+        """Trainer's; packages that an optimizer needs are missed only here. Raises ConfigError."""
+        with _setting_up():
+            return super().create_optimizer(*arguments, **options)
+
+    def create_scheduler(self, *arguments: Any, **options: Any) -> Any:
+        """Trainer's. Raises ConfigError."""
+        with _setting_up():
+            return super().create_scheduler(*arguments, **options)
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Trainer's, then the record that makes it whole; older ones are removed only after that."""
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            (folder / RECORD).unlink(missing_ok=True)  # written again after an earlier checkpoint was resumed from
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            with saving(folder):
+                if self.args.should_save:  # written again after an earlier one was resumed from: not whole meanwhile
+                    (folder / RECORD).unlink(missing_ok=True)
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = keep
         self.accelerator.wait_for_everyone()
@@ -274,6 +295,17 @@ class CachedDistillationTrainer(Trainer):
             write_record(folder, {"run": self.run, "step": self.state.global_step})
             if keep:
                 remove_old_checkpoints(folder.parent, keep, self.state.best_model_checkpoint)
+
+
+@contextmanager
+def _setting_up() -> Iterator[None]:
+    """Types what Trainer raises for arguments that it, or a package it needs, cannot work with: ConfigError."""
+    try:
+        yield
+    except TeachOnceError:
+        raise
+    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"training arguments: {type(error).__name__}: {error}") from error
 
 
 class _SetEpoch(TrainerCallback):

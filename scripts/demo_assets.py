@@ -61,7 +61,11 @@ def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
             made = Path(scratch) / "made"
             made.mkdir()
             make(made)
-            made.rename(folder)
+            try:
+                made.rename(folder)
+            except OSError:  # another process made it meanwhile
+                if not folder.is_dir():
+                    raise
     return folder
 
 

@@ -2,19 +2,22 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from distill.checkpoint import RECORD, begin, last_whole_checkpoint
+from distill.checkpoint import RECORD, begin, last_whole_checkpoint, saving, write_record
 from distill.main import main
-from distill.train import make_config
+from distill.train import load_model, load_tokenizer, make_config
 from storage_specs import open_cache
 from storage_specs.command_line import run
 from storage_specs.errors import (
@@ -23,6 +26,7 @@ from storage_specs.errors import (
     ConfigError,
     NotACacheError,
     OutputFolderError,
+    StorageFullError,
     TokenizerError,
 )
 
@@ -101,6 +105,9 @@ def test_errors_come_before_the_model_is_loaded(cache_path, student_path, tmp_pa
         (ConfigError, "learning_rate", flags("--lerning_rate", "1")),
         (ConfigError, "bananas", flags("--max_steps", "bananas")),
         (ConfigError, "dtype", flags("--dtype", "int3")),
+        (ConfigError, "JSON object", flags("--chat_template_kwargs", "[1]")),
+        (ConfigError, "nowhere", [*flags(), "--model_name_or_path", "./nowhere"]),
+        (OutputFolderError, "cannot be read", flags(out=foreign / "thesis.tex" / "out")),
         (ConfigError, "chat_template", flags("--chat-template", str(tmp_path / "none.jinja"))),
         (ConfigError, "unknown command", ["trian"]),
         (ConfigError, "NAME=MODEL", ["evaluate", "--cache", str(cache_path), "--model", "x"]),
@@ -111,18 +118,132 @@ def test_errors_come_before_the_model_is_loaded(cache_path, student_path, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_slow_tokenizer_is_refused(cache_path, tmp_path, monkeypatch):
+def test_a_slow_tokenizer_is_refused(cache_path, student_path, tmp_path, monkeypatch):
     from transformers import ByT5Tokenizer
 
     monkeypatch.setattr("distill.train.load_tokenizer", lambda name: ByT5Tokenizer())
     with pytest.raises(TokenizerError, match="fast"):
-        main(command(cache_path, "any", tmp_path / "out"))
+        main(command(cache_path, student_path, tmp_path / "out"))
 
 
 def test_another_run_in_the_same_folder_is_refused(cache_path, student_path, tmp_path, capsys):
     assert main(command(cache_path, student_path, tmp_path, "--max_steps", "1")) == 0
     with pytest.raises(CheckpointError, match=r"uld_weight 1\.5, now 0\.0"):
         main(command(cache_path, student_path, tmp_path, "--max_steps", "1", "--uld_weight", "0"))
+
+
+@pytest.mark.parametrize(
+    "more", [["--max_grad_norm", "0.01"], ["--adam_beta2", "0.5"], ["--bf16"], ["--dtype", "bfloat16"]], ids=str
+)
+def test_every_argument_that_changes_the_weights_makes_another_run(cache_path, student_path, tmp_path, more):
+    write_record(tmp_path, {"run": identity_of(command(cache_path, student_path, tmp_path)), "finished": True})
+    elsewhere = ["--logging_steps", "5", "--save_steps", "9", "--per_device_train_batch_size", "1"]
+    assert main(command(cache_path, student_path, tmp_path, *elsewhere, "--gradient_accumulation_steps", "2")) == 0
+    with pytest.raises(CheckpointError, match=more[0][2:]):
+        main(command(cache_path, student_path, tmp_path, *more))
+
+
+def identity_of(arguments: list[str]) -> dict:
+    """What `distill train` would record for these flags."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("distill.train.begin", lambda folder, run: seen.append(run))
+        main(arguments)
+    return seen[0]
+
+
+def test_other_weights_under_the_same_path_make_another_run(cache_path, student_path, tmp_path):
+    student = shutil.copytree(student_path, tmp_path / "student")
+    flags = command(cache_path, student, tmp_path / "out")
+    write_record(tmp_path / "out", {"run": identity_of(flags), "finished": True})
+    assert main(flags) == 0
+    weights = load_file(student / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, student / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="student_digest"):
+        main(flags)
+
+
+def test_weights_that_are_missing_misshapen_or_cut_off_are_refused(student_path, tmp_path):
+    file = shutil.copytree(student_path, tmp_path / "student") / "model.safetensors"
+    whole = load_file(file)
+    assert "lm_head.weight" not in whole  # tied, and no reason to refuse
+    load_model(str(file.parent), "float32")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({key: value for key, value in whole.items() if key != name}, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match=name):
+        load_model(str(file.parent), "float32")
+    save_file(whole | {name: whole[name][:-1].clone()}, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"cannot be loaded|wrong shape"):
+        load_model(str(file.parent), "float32")
+    save_file(whole, file, {"format": "pt"})
+    os.truncate(file, file.stat().st_size - 100)
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_model(str(file.parent), "float32")
+
+
+@contextmanager
+def file_size_limit(size: int):
+    """No file grows beyond `size` bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_failed_writes_of_every_library_are_a_full_disk(tmp_path):
+    values = {"a": torch.zeros(100_000)}
+    for write in (
+        lambda: torch.save(values, tmp_path / "a.pt"),
+        lambda: save_file(values, tmp_path / "a.safetensors"),
+        lambda: (tmp_path / "a").write_bytes(bytes(400_000)),
+    ):
+        with file_size_limit(20_480), pytest.raises(StorageFullError), saving(tmp_path):
+            write()
+    with pytest.raises(RuntimeError, match="shapes"), saving(tmp_path):
+        raise RuntimeError("shapes differ")
+    with pytest.raises(OutputFolderError, match="cannot be written"):
+        write_record(tmp_path / "a" / "b", {})
+
+
+def test_resume_from_checkpoint_true_is_the_last_whole_one(cache_path, student_path, tmp_path, capsys):
+    flags = command(cache_path, student_path, tmp_path, "--max_steps", "2", "--save_steps", "1")
+    assert main(flags) == 0
+    record = json.loads((tmp_path / RECORD).read_bytes())
+    write_record(tmp_path, record | {"finished": False})
+    assert main([*flags, "--resume_from_checkpoint", "True"]) == 0
+    assert "resuming from the last whole checkpoint" in capsys.readouterr().err
+
+
+def test_a_students_chat_template_is_saved_and_used(chat_cache_path, student_path, tmp_path):
+    template = tmp_path / "plain.jinja"
+    template.write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
+    flags = ["--max_steps", "1", "--chat_template", str(template)]
+    assert main(command(chat_cache_path, student_path, tmp_path / "out", *flags)) == 0
+    assert load_tokenizer(str(tmp_path / "out")).chat_template == template.read_text()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--batch_size", "0"],
+        ["--max_documents", "0"],
+        ["--max_length", "-1"],
+        ["--output_file", "."],
+        ["--output_file", "FILE/deep/evaluation.json"],
+        ["--chat_template", "nowhere.jinja"],
+        ["--chat_template_kwargs", "{"],
+        ["--chat_template_kwargs", "[]"],
+    ],
+    ids=str,
+)
+def test_what_evaluate_refuses_before_it_scores(cache_path, student_path, tmp_path, monkeypatch, more):
+    monkeypatch.setattr("distill.evaluate.evaluate", lambda *_, **__: pytest.fail("it scored"))
+    (tmp_path / "file").touch()
+    more = [word.replace("FILE", str(tmp_path / "file")) for word in more]
+    with pytest.raises(ConfigError, match=more[0][2:]):
+        main(["evaluate", "--cache", str(cache_path), "--model", f"x={student_path}", *more])
 
 
 def test_errors_are_one_line_and_exit_code_2(cache_path, student_path, tmp_path, capsys):

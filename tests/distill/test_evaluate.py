@@ -10,7 +10,7 @@ from cache_making import tiny_student
 from transformers import AutoModelForCausalLM
 
 from distill.evaluate import Scores, evaluate, figures, score, shared_regions, table, teacher_scores, write_figures
-from storage_specs import completion_document, is_held_out, open_cache, render, text_document
+from storage_specs import chat_document, completion_document, is_held_out, open_cache, render, text_document
 from storage_specs.errors import AlignmentError, ConfigError
 
 
@@ -148,3 +148,20 @@ def test_what_cannot_be_evaluated(cache_path, student_path, tmp_path):
         evaluate(cache_path, {"x": str(tmp_path / "nothing")})
     with pytest.raises(AlignmentError, match="held-out"):
         evaluate(cache_path, {"x": str(student_path)}, max_documents=0)
+
+
+def test_a_chat_template_given_is_every_models(wiki_texts, student_path, smollm2_tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(student_path, dtype=torch.float32).eval()
+    question, answer = wiki_texts[0][:40].strip(), wiki_texts[0][40:80].strip()
+    chat = chat_document([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+    template = "{{ greeting }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    nats = [
+        score(model, smollm2_tokenizer, [chat], max_length=128, **options)[0].nats
+        for options in (
+            {},
+            {"chat_template": template},
+            {"chat_template": template, "chat_template_kwargs": {"greeting": "Hello! "}},
+        )
+    ]
+    assert not np.array_equal(nats[0], nats[1])
+    assert not np.array_equal(nats[1], nats[2])

@@ -161,6 +161,18 @@ def test_checkpoints_of_another_cache_or_half_written_are_refused(cache_path, ch
         same.train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_written_anew_is_not_whole_meanwhile(cache_path, student_path, tmp_path, monkeypatch):
+    options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer(cache_path, student_path, tmp_path, **options).train()
+    whole = tmp_path / "checkpoint-1" / RECORD
+    assert whole.exists()
+    seen = []
+    monkeypatch.setattr("transformers.Trainer._save_checkpoint", lambda *_: seen.append(whole.exists()))
+    trainer(cache_path, student_path, tmp_path, **options).train()
+    assert seen == [False]
+    assert whole.exists()
+
+
 def test_checkpoint_record_names_the_cache(cache_path, student_path, tmp_path):
     one = trainer(cache_path, student_path, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
     one.train()
@@ -202,9 +214,20 @@ def test_nothing_to_compare_is_an_error(cache_path, student_path, tmp_path, monk
         {"eval_strategy": "steps"},
         {"save_strategy": "sometimes"},
         {"per_device_train_batch_size": 100},
+        {"per_device_train_batch_size": 0},
+        {"gradient_accumulation_steps": 0},
+        {"seed": -1},
+        {"max_steps": 0},
+        {"max_steps": -1, "num_train_epochs": 0},
+        {"label_smoothing_factor": 0.1},
+        {"chat_template_kwargs": "[1]"},
+        {"report_to": "nowhere"},
+        {"lr_scheduler_type": "sideways"},
+        {"lr_scheduler_kwargs": {"sideways": 1}},
+        {"optim": "adamw_bnb_8bit"},
     ],
     ids=str,
 )
 def test_impossible_settings(cache_path, student_path, tmp_path, wrong):
     with pytest.raises(ConfigError, match=r"\w"):
-        trainer(cache_path, student_path, tmp_path, **wrong)
+        trainer(cache_path, student_path, tmp_path, **wrong).train()
