@@ -17,6 +17,7 @@ from cache_builder.rows import Cutter, cached_document
 from cache_builder.teacher import Teacher, find_teacher
 from storage_specs.document import KINDS, TOOL_ROLES, CachedDocument, Document
 from storage_specs.errors import ConfigError
+from storage_specs.lease import lease
 from storage_specs.manifest import Manifest
 from storage_specs.plan import make_plan
 from storage_specs.token_alphabet import backend_of
@@ -97,7 +98,8 @@ def build(config: BuildConfig) -> BuildReport:
     """Build, resume or confirm the cache at `config.output`.
 
     The teacher's weights are loaded only if a shard is missing. Raises CorpusError, ConfigError, TokenizerError,
-    ChatTemplateError, EngineError, CacheMismatchError, OutputFolderError, StorageFullError; finished shards are kept.
+    ChatTemplateError, EngineError, CacheMismatchError, CacheInUseError, OutputFolderError, StorageFullError; finished
+    shards are kept.
     """
     started = time.monotonic()
     documents = list(
@@ -125,17 +127,18 @@ def build(config: BuildConfig) -> BuildReport:
     settings = _settings(config, teacher, engine, cutter, has_chats=any(item.kind == "chat" for item in documents))
     plan = make_plan(documents, config.documents_per_shard)
     writer = CacheWriter(config.output, settings, plan)
-    missing = writer.missing_shards()
-    jobs = [(shard, [documents[number] for number in plan.shards[shard]]) for shard in missing]
-    work = Work()
-    characters = sum(len(document.text) for _, shard in jobs for document in shard)
-    with Progress(characters, len(plan.shards) - len(jobs), len(plan.shards)) as progress:
-        for shard, members in jobs:
-            writer.write_shard(shard, score_documents(members, engine, cutter, config.ids_kept, work, progress))
-            progress.shard_done()
-    return BuildReport(
-        manifest=writer.finalize(), shards_written=len(missing), work=work, seconds=time.monotonic() - started
-    )
+    with lease(writer.objects):
+        missing = writer.missing_shards()
+        jobs = [(shard, [documents[number] for number in plan.shards[shard]]) for shard in missing]
+        work = Work()
+        characters = sum(len(document.text) for _, shard in jobs for document in shard)
+        with Progress(characters, len(plan.shards) - len(jobs), len(plan.shards)) as progress:
+            for shard, members in jobs:
+                writer.write_shard(shard, score_documents(members, engine, cutter, config.ids_kept, work, progress))
+                progress.shard_done()
+        return BuildReport(
+            manifest=writer.finalize(), shards_written=len(missing), work=work, seconds=time.monotonic() - started
+        )
 
 
 def score_documents(

@@ -15,9 +15,8 @@ from storage_specs.document import CachedDocument
 from storage_specs.errors import MalformedObjectError
 from storage_specs.manifest import Manifest, read_manifest
 from storage_specs.objects import Objects, open_objects
-from storage_specs.shard_record import record_name
 from storage_specs.shard_table import ShardTable
-from storage_specs.stores import shard_store, stem_of
+from storage_specs.stores import shard_store
 
 if TYPE_CHECKING:
     from storage_specs.vocabulary import Vocabulary
@@ -122,14 +121,15 @@ def read_columns(objects: Objects, manifest: Manifest, table: ShardTable, shard:
 
     Without `ids` the ids' objects are not opened. Raises the kinds of CorruptCacheError.
     """
-    stem, store, shape, size = stem_of(shard), shard_store(manifest.store), manifest.row_shape, table.size_of(shard)
+    stem, size = table.stem_of(shard), table.size_of(shard)
+    store, shape = shard_store(manifest.store), manifest.row_shape
     problem = size_problem(size, shape)
     if problem:
         raise MalformedObjectError(f"{shard_table.NAME}: shard {shard}: {problem}; {_WRITTEN_WRONGLY}")
     wanted = [
         stored
         for stored in table.objects[shard]
-        if stored.name != record_name(shard) and (ids or not store.holds_ids(stored.name, stem))
+        if stored.name != f"{stem}.json" and (ids or not store.holds_ids(stored.name, stem))
     ]
     contents = objects.fetch_all(wanted)
     try:

@@ -1,5 +1,6 @@
 """The shard table, `shards.parquet`: all commit records gathered, so that every object is checked against one place."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,23 +13,28 @@ from storage_specs.errors import CorruptCacheError, MalformedObjectError
 from storage_specs.parquet import table_from_bytes, table_to_bytes
 from storage_specs.shard_record import ShardRecord
 from storage_specs.stored_object import REMEDY, StoredObject
+from storage_specs.stores import generation_mark, stem_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 NAME = "shards.parquet"
 SHARDS_PER_ROW_GROUP = 1024
+# What a commit record says of its shard beside documents and objects: a damaged record is rebuilt from the table.
+RECORD_COLUMNS = ("end_rows", "unscored_bytes", "max_l1_error", "sum_l1_error")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTable:
     """Every shard of a finished cache, in order.
 
-    objects: for each shard all its objects, its commit record last. documents_per_shard: int each. Of all documents in
-    order: doc_ids, rows and text_bytes (D,) int64.
+    objects: for each shard all its objects, its commit record last. documents_per_shard: int each. records: for each
+    shard what its record says beside its documents and objects (`RECORD_COLUMNS`). Of all documents in order: doc_ids,
+    rows and text_bytes (D,) int64.
     """
 
     objects: tuple[tuple[StoredObject, ...], ...]
+    records: tuple[dict[str, Any], ...]
     documents_per_shard: tuple[int, ...]
     doc_ids: tuple[str, ...]
     rows: np.ndarray
@@ -38,6 +44,10 @@ class ShardTable:
     def first_document(self) -> np.ndarray:
         """(shards + 1,) int64: the number of each shard's first document, and of all documents."""
         return np.cumsum([0, *self.documents_per_shard], dtype=np.int64)
+
+    def stem_of(self, shard: int) -> str:
+        """What the names of the shard's objects start with: a repaired shard has names of its own."""
+        return self.objects[shard][-1].name.removesuffix(".json")
 
     def documents_of(self, shard: int) -> slice:
         """The shard's documents among all."""
@@ -50,6 +60,11 @@ class ShardTable:
             rows=int(self.rows[members].sum()),
             text_bytes=int(self.text_bytes[members].sum()),
         )
+
+
+def name_of(generation: int) -> str:
+    """The table's name in a cache that was repaired so many times."""
+    return f"shards{generation_mark(generation)}.parquet"
 
 
 def table_to_object(records: Sequence[ShardRecord]) -> bytes:
@@ -66,6 +81,8 @@ def table_to_object(records: Sequence[ShardRecord]) -> bytes:
         columns["doc_ids"].append(record.doc_ids)
         columns["document_rows"].append(record.document_rows)
         columns["document_text_bytes"].append(record.document_text_bytes)
+        for name in RECORD_COLUMNS:
+            columns[name].append(getattr(record, name))
         columns["objects"].append([item.to_json() for item in stored])
     return table_to_bytes(pa.table(columns, schema=_schema()), rows_per_group=SHARDS_PER_ROW_GROUP)
 
@@ -81,8 +98,12 @@ def table_from_object(data: bytes) -> ShardTable:
                 raise ValueError(f"{name} has other lengths than documents")
         if table["shard"].to_pylist() != list(range(table.num_rows)):
             raise ValueError("its shards are not numbered 0, 1, 2, ...")
+        objects = tuple(_objects_of(table["objects"].combine_chunks()))
+        if not all(_belong_together(shard, names) for shard, names in enumerate(objects)):
+            raise ValueError("it names objects under another shard's name")
         return ShardTable(
-            objects=tuple(_objects_of(table["objects"].combine_chunks())),
+            objects=objects,
+            records=tuple(table.select(RECORD_COLUMNS).to_pylist()),
             documents_per_shard=tuple(per_shard),
             doc_ids=tuple(lists["doc_ids"].flatten().to_pylist()),
             rows=lists["document_rows"].flatten().to_numpy(zero_copy_only=False).astype(np.int64),
@@ -99,6 +120,14 @@ def _objects_of(column: "pa.ListArray") -> Iterator[tuple[StoredObject, ...]]:
         yield tuple(StoredObject.from_json(item, NAME) for item in items.as_py())
 
 
+def _belong_together(shard: int, objects: tuple[StoredObject, ...]) -> bool:
+    """Whether these are a shard's objects of one generation, its commit record last."""
+    stem = objects[-1].name.removesuffix(".json") if objects else ""
+    return re.fullmatch(rf"{stem_of(shard)}(\.r[1-9][0-9]*)?", stem) is not None and all(
+        stored.name.startswith(f"{stem}.") for stored in objects
+    )
+
+
 def _schema() -> "pa.Schema":
     import pyarrow as pa
 
@@ -109,6 +138,10 @@ def _schema() -> "pa.Schema":
             ("documents", pa.uint32()),
             ("rows", pa.uint64()),
             ("text_bytes", pa.uint64()),
+            ("end_rows", pa.uint64()),
+            ("unscored_bytes", pa.uint64()),
+            ("max_l1_error", pa.float64()),
+            ("sum_l1_error", pa.float64()),
             ("doc_ids", pa.list_(pa.string())),
             ("document_rows", pa.list_(pa.uint32())),
             ("document_text_bytes", pa.list_(pa.uint32())),
