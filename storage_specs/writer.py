@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from storage_specs import plan as plan_json
@@ -22,7 +22,7 @@ from storage_specs.manifest import Manifest
 from storage_specs.objects import WRITING_FOLDER, LocalObjects, StoredObject, writing
 from storage_specs.plan import Plan, differences, plan_from_bytes, plan_to_bytes
 from storage_specs.settings import CacheSettings
-from storage_specs.shard_record import ShardRecord, verified_record
+from storage_specs.shard_record import ShardRecord, record_name, verified_record
 from storage_specs.stores import shard_store, stem_of
 
 __all__ = ["CacheSettings", "CacheWriter", "finalize_cache"]
@@ -52,8 +52,14 @@ class CacheWriter:
         """The manifest of a finished cache, None before. Raises CorruptCacheError's kinds."""
         return finished_manifest(self.objects)
 
-    def missing_shards(self) -> list[int]:
+    def absent_shards(self) -> int:
+        """How many shards have no record; nothing is read, so that a shard that has one may still be damaged."""
+        return sum(self.objects.size(record_name(shard)) is None for shard in range(len(self.plan.shards)))
+
+    def missing_shards(self, among: Iterable[int] | None = None) -> list[int]:
         """Shards still to be written: those without a record, or with an object that does not verify (all are read).
+
+        `among`: only these shards are looked at.
 
         A finished cache has none, and its objects are only looked at by size; `verify_cache` reads them. Raises
         CorruptCacheError's kinds where a finished cache has lost an object.
@@ -65,7 +71,7 @@ class CacheWriter:
                 self.objects.check_size(stored)
             return []
         missing = []
-        for shard in range(len(self.plan.shards)):
+        for shard in range(len(self.plan.shards)) if among is None else among:
             record = self._records.get(shard) or verified_record(
                 self.objects, shard, self.config_digest, self.plan.doc_ids_of(shard)
             )
