@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from cache_builder.corpus import read_corpus
+from cache_builder.dispatch import dispatch
 from cache_builder.engines import choose_engine, make_engine
 from cache_builder.engines.base import Engine, EngineConfig, check_window
 from cache_builder.progress import Progress, Work
+from cache_builder.ray_launcher import ray_actors
+from cache_builder.replicas import replicas
 from cache_builder.rows import Cutter
 from cache_builder.shard_worker import Recipe, ShardWorker
 from cache_builder.teacher import Teacher, find_teacher
@@ -28,6 +31,7 @@ from storage_specs.vocabulary import Vocabulary, special_roles, token_bytes
 DEFAULT_K_IDS = 16
 LONGEST_DEFAULT_WINDOW = 4096  # keeps the logits of a window in memory (4 GB of float32 at 262,144 words)
 STORES = ("zarr", "arrow")
+LAUNCHERS = ("local", "ray")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +66,12 @@ class BuildConfig:
     min_bytes: int = 0
     score_roles: tuple[str, ...] = ("assistant",)
     shard_range: tuple[int, int | None] | None = None
+    launcher: str = "local"
+    data_parallel_size: int = 1
     engine_arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("k", "documents_per_shard", "max_documents", "max_model_len", "window_overlap"):
+        for name in ("k", "documents_per_shard", "max_documents", "max_model_len", "window_overlap", "data_parallel_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}, but must be at least 1")
@@ -77,6 +83,8 @@ class BuildConfig:
             raise ConfigError(f"store is {self.store!r}, but must be {' or '.join(STORES)}")
         if self.shard_range and not 0 <= self.shard_range[0] < (self.shard_range[1] or math.inf):
             raise ConfigError(f"shard_range is {self.shard_range}, but must be A:B with 0 <= A < B")
+        if self.launcher not in LAUNCHERS:
+            raise ConfigError(f"launcher is {self.launcher!r}, but must be {' or '.join(LAUNCHERS)}")
         if not all(self.score_roles) or not self.score_roles or set(self.score_roles) & set(TOOL_ROLES):
             raise ConfigError(
                 f"score_roles is {','.join(self.score_roles)!r}, but must name roles, and never a tool's: what a tool "
@@ -87,6 +95,15 @@ class BuildConfig:
     def ids_kept(self) -> int:
         """k_ids, resolved."""
         return min(DEFAULT_K_IDS, self.k) if self.k_ids is None else self.k_ids
+
+    @property
+    def gpus_per_replica(self) -> int:
+        """What vLLM's own parallelism takes."""
+        sizes = (self.engine_arguments.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
+        try:
+            return math.prod(map(int, sizes))
+        except ValueError as error:
+            raise ConfigError(f"tensor_parallel_size and pipeline_parallel_size must be whole numbers: {error}") from None
 
     def shards_of(self, plan: Plan) -> range:
         """The shards that this call is to build: all, or those of shard_range that the plan has."""
@@ -147,8 +164,20 @@ def build(config: BuildConfig) -> BuildReport:
             work.add(of_shard)
             progress.shard_done()
 
+        def done_elsewhere(shard: int, of_shard: Work) -> None:
+            progress.tokens(of_shard.tokens)
+            for document in prepared.members(shard):
+                progress.document_done(document)
+            done(shard, of_shard)
+
         jobs = ((shard, prepared.members(shard)) for shard in missing)
-        ShardWorker(prepared.recipe, prepared.engine, writer).run(jobs, done, progress)
+        if config.launcher == "local" and config.data_parallel_size == 1:
+            ShardWorker(prepared.recipe, prepared.engine, writer).run(jobs, done, progress)
+        elif missing:
+            pool = replicas if config.launcher == "local" else ray_actors
+            size = min(config.data_parallel_size, len(missing))
+            with pool(prepared.recipe, size, config.gpus_per_replica) as workers:
+                dispatch(jobs, workers, done_elsewhere)
     absent = 0 if config.shard_range is None else writer.absent_shards()
     return BuildReport(
         manifest=None if absent else writer.finalize(),
