@@ -3,30 +3,36 @@
 The plan is static and every shard is an idempotent job, so the same call resumes whatever an interruption left.
 """
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cache_builder.corpus import read_corpus
+from cache_builder.dispatch import dispatch
 from cache_builder.engines import choose_engine, make_engine
 from cache_builder.engines.base import Engine, EngineConfig, check_window
 from cache_builder.progress import Progress, Work
-from cache_builder.rows import Cutter, cached_document
+from cache_builder.ray_launcher import ray_actors
+from cache_builder.replicas import replicas
+from cache_builder.rows import Cutter
+from cache_builder.shard_worker import Recipe, ShardWorker
 from cache_builder.teacher import Teacher, find_teacher
-from storage_specs.document import KINDS, TOOL_ROLES, CachedDocument, Document
+from storage_specs.document import KINDS, TOOL_ROLES, Document
 from storage_specs.errors import ConfigError
 from storage_specs.lease import lease
 from storage_specs.manifest import Manifest
-from storage_specs.plan import make_plan
+from storage_specs.plan import Plan, make_plan
+from storage_specs.settings import CacheSettings
 from storage_specs.token_alphabet import backend_of
 from storage_specs.vocabulary import Vocabulary, special_roles, token_bytes
-from storage_specs.writer import CacheSettings, CacheWriter
 
 DEFAULT_K_IDS = 16
 LONGEST_DEFAULT_WINDOW = 4096  # keeps the logits of a window in memory (4 GB of float32 at 262,144 words)
 STORES = ("zarr", "arrow")
+LAUNCHERS = ("local", "ray")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +40,13 @@ class BuildConfig:
     """Everything that a build is told; the flags of `cache-builder build` by the same names.
 
     k_ids None: 16, or k where that is less. max_model_len None: the model's own, at most 4,096 tokens.
-    window_overlap None: an eighth of max_model_len, in tokens. engine_arguments: passed through to vLLM.
+    window_overlap None: an eighth of max_model_len, in tokens. shard_range: first and last + 1, None for no end.
+    engine_arguments: passed through to vLLM.
     """
 
     teacher: str
     corpus: str
-    output: str | Path
+    output: Path
     k: int = 64
     k_ids: int | None = None
     engine: str = "auto"
@@ -59,10 +66,20 @@ class BuildConfig:
     max_documents: int | None = None
     min_bytes: int = 0
     score_roles: tuple[str, ...] = ("assistant",)
+    shard_range: tuple[int, int | None] | None = None
+    launcher: str = "local"
+    data_parallel_size: int = 1
     engine_arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("k", "documents_per_shard", "max_documents", "max_model_len", "window_overlap"):
+        for name in (
+            "k",
+            "documents_per_shard",
+            "max_documents",
+            "max_model_len",
+            "window_overlap",
+            "data_parallel_size",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}, but must be at least 1")
@@ -72,6 +89,10 @@ class BuildConfig:
             raise ConfigError(f"k_ids is {self.k_ids}, but must be from 0 to k, which is {self.k}")
         if self.store not in STORES:
             raise ConfigError(f"store is {self.store!r}, but must be {' or '.join(STORES)}")
+        if self.shard_range and not 0 <= self.shard_range[0] < (self.shard_range[1] or math.inf):
+            raise ConfigError(f"shard_range is {self.shard_range}, but must be A:B with 0 <= A < B")
+        if self.launcher not in LAUNCHERS:
+            raise ConfigError(f"launcher is {self.launcher!r}, but must be {' or '.join(LAUNCHERS)}")
         if not all(self.score_roles) or not self.score_roles or set(self.score_roles) & set(TOOL_ROLES):
             raise ConfigError(
                 f"score_roles is {','.join(self.score_roles)!r}, but must name roles, and never a tool's: what a tool "
@@ -83,25 +104,103 @@ class BuildConfig:
         """k_ids, resolved."""
         return min(DEFAULT_K_IDS, self.k) if self.k_ids is None else self.k_ids
 
+    @property
+    def gpus_per_replica(self) -> int:
+        """What vLLM's own parallelism takes."""
+        sizes = (self.engine_arguments.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
+        try:
+            return math.prod(map(int, sizes))
+        except ValueError as error:
+            raise ConfigError(
+                f"tensor_parallel_size and pipeline_parallel_size must be whole numbers: {error}"
+            ) from None
+
+    def shards_of(self, plan: Plan) -> range:
+        """The shards that this call is to build: all, or those of shard_range that the plan has."""
+        return range(len(plan.shards))[slice(*self.shard_range or (0, None))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """Everything that is known before the teacher's weights are loaded. engine: not loaded yet."""
+
+    documents: Sequence[Document]
+    engine: Engine
+    recipe: Recipe
+
+    @property
+    def plan(self) -> Plan:
+        return self.recipe.plan
+
+    def members(self, shard: int) -> list[Document]:
+        """The documents of one shard."""
+        return [self.documents[number] for number in self.plan.shards[shard]]
+
+    def characters(self, shards: Iterable[int]) -> int:
+        """The length of these shards' texts, from which a bar estimates its end."""
+        return sum(len(document.text) for shard in shards for document in self.members(shard))
+
 
 @dataclass(frozen=True, kw_only=True)
 class BuildReport:
-    """What one call did; a resumed build did only part of what the manifest counts."""
+    """What one call did; a resumed build, or one of some shards, did only part of what the cache holds.
 
-    manifest: Manifest
+    manifest: None where shards that are not this call's business are missing; shards_missing counts them.
+    """
+
+    manifest: Manifest | None
     shards_written: int
+    shards_missing: int
     work: Work
     seconds: float
 
 
 def build(config: BuildConfig) -> BuildReport:
-    """Build, resume or confirm the cache at `config.output`.
+    """Build, resume or confirm the cache at `config.output`, or those of its shards that `config.shard_range` names.
 
-    The teacher's weights are loaded only if a shard is missing. Raises CorpusError, ConfigError, TokenizerError,
-    ChatTemplateError, EngineError, CacheMismatchError, CacheInUseError, OutputFolderError, StorageFullError; finished
-    shards are kept.
+    The teacher's weights are loaded only if a shard is missing. Whoever finds all shards there writes the manifest.
+    Raises CorpusError, ConfigError, TokenizerError, ChatTemplateError, EngineError, CacheMismatchError,
+    CacheInUseError, OutputFolderError, StorageFullError; finished shards are kept.
     """
     started = time.monotonic()
+    prepared = prepare(config)
+    writer = prepared.recipe.writer()
+    with lease(writer.objects, shared=config.shard_range is not None):
+        shards = config.shards_of(prepared.plan)
+        missing = writer.missing_shards(shards)
+        work = Work()
+        with Progress(prepared.characters(missing), len(shards) - len(missing), len(shards)) as progress:
+
+            def done(shard: int, of_shard: Work) -> None:
+                work.add(of_shard)
+                progress.shard_done()
+
+            def done_elsewhere(shard: int, of_shard: Work) -> None:
+                progress.tokens(of_shard.tokens)
+                for document in prepared.members(shard):
+                    progress.document_done(document)
+                done(shard, of_shard)
+
+            jobs = ((shard, prepared.members(shard)) for shard in missing)
+            if config.launcher == "local" and config.data_parallel_size == 1:
+                ShardWorker(prepared.recipe, prepared.engine, writer).run(jobs, done, progress)
+            elif missing:
+                pool = replicas if config.launcher == "local" else ray_actors
+                size = min(config.data_parallel_size, len(missing))
+                with pool(prepared.recipe, size, config.gpus_per_replica) as workers:
+                    dispatch(jobs, workers, done_elsewhere)
+        absent = 0 if config.shard_range is None else writer.absent_shards()
+        return BuildReport(
+            manifest=None if absent else writer.finalize(),
+            shards_written=len(missing),
+            shards_missing=absent,
+            work=work,
+            seconds=time.monotonic() - started,
+        )
+
+
+def prepare(config: BuildConfig) -> Preparation:
+    """Read the corpus, find the teacher and make the plan. Nothing is written, no weights are loaded."""
     documents = list(
         read_corpus(
             config.corpus,
@@ -121,59 +220,32 @@ def build(config: BuildConfig) -> BuildReport:
         chat_template_file=config.chat_template,
         weightless=config.engine_arguments.get("load_format") == "dummy",
     )
-    engine = _engine(config, teacher)
+    name = choose_engine(config.engine)
+    engine = make_engine(name, _engine_config(config, teacher))
     cutter = _cutter(config, teacher, engine.config)
     _rehearse(cutter, documents, engine.config)
-    settings = _settings(config, teacher, engine, cutter, has_chats=any(item.kind == "chat" for item in documents))
-    plan = make_plan(documents, config.documents_per_shard)
-    writer = CacheWriter(config.output, settings, plan)
-    with lease(writer.objects):
-        missing = writer.missing_shards()
-        jobs = [(shard, [documents[number] for number in plan.shards[shard]]) for shard in missing]
-        work = Work()
-        characters = sum(len(document.text) for _, shard in jobs for document in shard)
-        with Progress(characters, len(plan.shards) - len(jobs), len(plan.shards)) as progress:
-            for shard, members in jobs:
-                writer.write_shard(shard, score_documents(members, engine, cutter, config.ids_kept, work, progress))
-                progress.shard_done()
-        return BuildReport(
-            manifest=writer.finalize(), shards_written=len(missing), work=work, seconds=time.monotonic() - started
-        )
+    recipe = Recipe(
+        output=config.output,
+        settings=_settings(config, teacher, engine, cutter, has_chats=any(item.kind == "chat" for item in documents)),
+        plan=make_plan(documents, config.documents_per_shard),
+        engine=name,
+        engine_config=engine.config,
+        cutter=cutter,
+    )
+    return Preparation(documents=documents, engine=engine, recipe=recipe)
 
 
-def score_documents(
-    documents: Sequence[Document], engine: Engine, cutter: Cutter, k_ids: int, work: Work, progress: Progress
-) -> list[CachedDocument]:
-    """One shard's documents with their rows. `work` and `progress` are told of every window."""
-    windows = [cutter.windows(document) for document in documents]
-    scores = iter(engine.score([window for cut in windows for window in cut]))
-    cached = []
-    for document, cut in zip(documents, windows, strict=True):
-        work.windows_cut += max(0, len(cut) - 1)
-        of_document = []
-        for window in cut:
-            of_document.append(next(scores))
-            work.tokens += len(window.ids)
-            progress.tokens(len(window.ids))
-        progress.document_done(document)
-        cached.append(cached_document(document, cut, of_document, engine.config.k, k_ids))
-    return cached
-
-
-def _engine(config: BuildConfig, teacher: Teacher) -> Engine:
+def _engine_config(config: BuildConfig, teacher: Teacher) -> EngineConfig:
     longest = config.max_model_len or min(teacher.max_positions or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
     if teacher.max_positions and longest > teacher.max_positions:
         raise ConfigError(f"max_model_len is {longest}, but the teacher takes at most {teacher.max_positions} tokens")
-    return make_engine(
-        choose_engine(config.engine),
-        EngineConfig(
-            model=str(teacher.folder),
-            dtype=teacher.dtype,
-            max_model_len=longest,
-            k=config.k,
-            vocab_size=teacher.vocab_size,
-            arguments=config.engine_arguments,
-        ),
+    return EngineConfig(
+        model=str(teacher.folder),
+        dtype=teacher.dtype,
+        max_model_len=longest,
+        k=config.k,
+        vocab_size=teacher.vocab_size,
+        arguments=config.engine_arguments,
     )
 
 

@@ -17,6 +17,10 @@ class Work:
     tokens: int = 0
     windows_cut: int = 0
 
+    def add(self, other: "Work") -> None:
+        self.tokens += other.tokens
+        self.windows_cut += other.windows_cut
+
 
 class Progress:
     """A tqdm bar in tokens; where stderr is no terminal, one line per finished shard instead.

@@ -60,6 +60,10 @@ class PlannedCache:
         """The manifest of a finished cache, None before. Raises CorruptCacheError's kinds."""
         return finished_manifest(self.objects)
 
+    def absent_shards(self) -> int:
+        """How many shards have no record; nothing is read, so that a shard that has one may still be damaged."""
+        return len(set(range(len(self.plan.shards))) - record_generations(self.objects).keys())
+
     def missing_shards(self, among: Iterable[int] | None = None) -> list[int]:
         """Shards still to be written: those without a record, or with an object that does not verify (all are read).
 

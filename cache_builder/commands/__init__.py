@@ -4,6 +4,7 @@ A module's own imports are light, so that `--help` answers at once; heavy ones s
 """
 
 SUMMARY = {
+    "plan": "say what a build will read, store and cost, before a GPU is touched",
     "build": "score a corpus with a teacher and write the cache; the same command resumes",
     "finalize": "write the manifest of a cache whose shards are all there",
     "verify": "check every stored byte of a cache",

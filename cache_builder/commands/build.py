@@ -5,14 +5,15 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from cache_builder.commands import SUMMARY
 from storage_specs.command_line import Parser, parse
 
 
-def parser() -> Parser:
+def parser(command: str = "build") -> Parser:
     """The flags of `build`: the fields of `builder.BuildConfig`, which has the defaults and checks the values."""
     flags = Parser(
-        prog="cache-builder build",
-        description="Score a corpus with a teacher and write the cache. The same command resumes an interrupted build.",
+        prog=f"cache-builder {command}",
+        description=f"{SUMMARY[command].capitalize()}.",
         epilog="With --engine vllm every other flag is a vLLM engine argument, such as --tensor_parallel_size 2.",
         argument_default=argparse.SUPPRESS,
     )
@@ -54,12 +55,15 @@ def parser() -> Parser:
     add("--min_bytes", type=int, metavar="N", help="pass over documents of fewer UTF-8 bytes")
     add("--store", metavar="NAME", help="zarr | arrow (zarr)")
     add("--documents_per_shard", type=int, metavar="N", help="documents per shard, the unit of resuming (256)")
+    add("--shard_range", type=_shard_range, metavar="A:B", help="only shards A to B - 1 of the plan, for job arrays")
+    add("--data_parallel_size", type=int, metavar="N", help="replicas of the teacher, one process and GPU each (1)")
+    add("--launcher", metavar="NAME", help="local | ray = actors of a Ray cluster, data_parallel_size of them (local)")
     return flags
 
 
 def run(arguments: Sequence[str]) -> int:
     """Build, and say what was done."""
-    namespace, extras = parse(parser(), arguments, _engine_argument_names)
+    namespace, extras = parse(parser(), arguments, engine_argument_names)
     values = {name: value for name, value in vars(namespace).items() if name != "config"}
     from cache_builder.builder import BuildConfig, build
     from cache_builder.inspection import build_summary
@@ -69,10 +73,11 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _engine_argument_names() -> list[str]:
-    from cache_builder.engines.vllm import engine_argument_names
+def engine_argument_names() -> list[str]:
+    """vLLM's, looked up only where a flag is none of ours."""
+    from cache_builder.engines import vllm
 
-    return engine_argument_names()
+    return vllm.engine_argument_names()
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -84,3 +89,10 @@ def _json_object(text: str) -> dict[str, Any]:
 
 def _roles(text: str) -> tuple[str, ...]:
     return tuple(role.strip() for role in text.split(","))
+
+
+def _shard_range(text: str) -> tuple[int, int | None]:
+    start, colon, stop = text.partition(":")
+    if not colon:
+        raise ValueError(f"expected A:B, found {text}")
+    return int(start or 0), int(stop) if stop else None
