@@ -72,13 +72,14 @@ def commit(
             **{name: config[name] for name in ("k", "k_ids", "vocab_size", "store")},
             "corpus": {"digest": planned.corpus_digest, "documents": len(planned.doc_ids)},
             "codec": codec_of(records),
-            "held_out": {"rule": HELD_OUT_RULE, "documents": sum(map(is_held_out, planned.doc_ids))},
+            "held_out": {"rule": HELD_OUT_RULE, "documents": sum(is_held_out(doc_id) for record in records for doc_id in record.doc_ids)},
             "rank_edges": None,
             "counts": counts_of(records),
             "plan": StoredObject.of(plan.NAME, objects.read(plan.NAME)).to_json(),
             "shards": StoredObject.of(shard_table.NAME, table).to_json(),
             "vocabulary": vocabulary and vocabulary.to_json(),
             "config_digest": digest_of(config),
+            "generation": generation_of(config, records),
         }
     )
     manifest = manifest_json.manifest_from_bytes(data)  # what is refused by readers is not written
@@ -114,6 +115,13 @@ def codec_of(records: Sequence[ShardRecord]) -> dict[str, Any]:
         "max_l1_error": max(record.max_l1_error for record in records),
         "mean_l1_error": math.fsum(record.sum_l1_error for record in records) / max(1, rows),
     }
+
+
+def generation_of(config: dict[str, Any], records: Sequence[ShardRecord]) -> dict[str, Any] | None:
+    """The manifest's `generation`: the settings and what all shards' records count."""
+    if config["generation"] is None:
+        return None
+    return {**config["generation"], "refused": sum((record.generation or {}).get("refused", 0) for record in records)}
 
 
 def counts_of(records: Sequence[ShardRecord]) -> dict[str, int]:

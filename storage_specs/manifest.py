@@ -26,6 +26,7 @@ class Manifest:
     mean_l1_error} of values and tail, measured. held_out: {rule, documents}. rank_edges: None in this version.
     counts: {documents, rows, end_rows, empty_documents, text_bytes, unscored_bytes}. plan, shards, vocabulary (None
     without ids): the objects plan.json, shards.parquet, vocabulary.parquet. config_digest: of the builder's settings.
+    generation: how the teacher wrote the completions, and how many were `refused`; None where it scored given texts.
     """
 
     spec_version: int
@@ -48,6 +49,7 @@ class Manifest:
     shards: StoredObject
     vocabulary: StoredObject | None
     config_digest: str
+    generation: dict[str, Any] | None
 
     @property
     def row_shape(self) -> RowShape:

@@ -1,6 +1,7 @@
 """A shard's commit record, `shards/000000.json`, its last object: where record and objects verify, it is complete."""
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from storage_specs.errors import CorruptCacheError, MalformedObjectError, SpecVersionError
 from storage_specs.objects import REMEDY, LocalObjects, StoredObject
@@ -13,6 +14,7 @@ class ShardRecord:
     """One finished shard. Per document: doc_ids, document_rows, document_text_bytes. objects: all but the record.
 
     max_l1_error, sum_l1_error: over its rows, what storing the values cost. unscored_bytes: of scored spans.
+    generation: `generated.generation_record` where the teacher wrote the documents, else None.
     """
 
     shard: int
@@ -25,6 +27,12 @@ class ShardRecord:
     max_l1_error: float
     sum_l1_error: float
     objects: tuple[StoredObject, ...]
+    generation: dict[str, Any] | None = None
+
+    @property
+    def planned_ids(self) -> tuple[str, ...]:
+        """What the plan lists for this shard: its documents, or the prompts that they answer."""
+        return self.doc_ids if self.generation is None else tuple(self.generation["prompt_ids"])
 
     @property
     def name(self) -> str:
@@ -64,10 +72,13 @@ def read_record(objects: LocalObjects, shard: int) -> ShardRecord:
 def verified_record(
     objects: LocalObjects, shard: int, config_digest: str, doc_ids: tuple[str, ...]
 ) -> ShardRecord | None:
-    """The shard's record if it belongs to this build and every object that it names verifies (all are read)."""
+    """The shard's record if it belongs to this build and every object that it names verifies (all are read).
+
+    `doc_ids`: what the plan lists for the shard.
+    """
     try:
         record = read_record(objects, shard)
-        if record.config_digest != config_digest or record.doc_ids != doc_ids:
+        if record.config_digest != config_digest or record.planned_ids != doc_ids:
             return None
         for stored in record.objects:
             objects.fetch(stored)

@@ -18,6 +18,7 @@ from storage_specs.errors import (
     StorageFullError,
 )
 from storage_specs.finalization import commit, finalize_cache, finished_manifest
+from storage_specs.generated import generation_record
 from storage_specs.manifest import Manifest
 from storage_specs.objects import WRITING_FOLDER, LocalObjects, StoredObject, writing
 from storage_specs.plan import Plan, differences, plan_from_bytes, plan_to_bytes
@@ -82,7 +83,7 @@ class CacheWriter:
         return missing
 
     def write_shard(self, shard: int, documents: Sequence[CachedDocument]) -> ShardRecord:
-        """Write one shard, its record last. `documents`: those of the plan, in its order.
+        """Write one shard, its record last. `documents`: those of the plan, in its order, or answers to its prompts.
 
         Raises InvalidDocumentError before anything is written, ConfigError (no such shard, or a finished cache),
         StorageFullError (what was written of the shard is removed again).
@@ -93,7 +94,9 @@ class CacheWriter:
             raise ConfigError(f"{self.objects.root} is finished; a finished cache is never written to")
         try:
             columns, l1_error_N = columns_of(documents, self.settings.row_shape)
-            if columns.doc_ids != self.plan.doc_ids_of(shard):
+            generation = None if self.settings.generation is None else generation_record(documents)
+            planned = columns.doc_ids if generation is None else tuple(generation["prompt_ids"])
+            if planned != self.plan.doc_ids_of(shard):
                 raise ValueError("its documents are not those that the plan names")
             contents = shard_store(self.settings.store).encode(columns, stem_of(shard))
         except (ValueError, TypeError) as error:  # TypeError: metadata that are no JSON
@@ -109,6 +112,7 @@ class CacheWriter:
             max_l1_error=float(l1_error_N.max(initial=0)),
             sum_l1_error=float(l1_error_N.sum()),
             objects=tuple(StoredObject.of(name, data) for name, data in contents.items()),
+            generation=generation,
         )
         self._records.pop(shard, None)
         self.objects.delete(record.name)  # from here on the shard counts as missing, until its new record stands
