@@ -15,10 +15,12 @@ from cache_builder.dispatch import dispatch
 from cache_builder.engines import choose_engine, make_engine
 from cache_builder.engines.base import Engine, EngineConfig, check_window
 from cache_builder.progress import Progress, Work
+from cache_builder.prompts import read_prompts
 from cache_builder.ray_launcher import ray_actors
 from cache_builder.replicas import replicas
 from cache_builder.rows import Cutter
-from cache_builder.shard_worker import Recipe, ShardWorker
+from cache_builder.sampling import Sampling
+from cache_builder.shard_worker import Recipe, ShardWorker, make_prompt
 from cache_builder.teacher import Teacher, find_teacher
 from storage_specs.document import KINDS, TOOL_ROLES, Document
 from storage_specs.errors import ConfigError
@@ -32,6 +34,8 @@ from storage_specs.vocabulary import Vocabulary, special_roles, token_bytes
 DEFAULT_K_IDS = 16
 LONGEST_DEFAULT_WINDOW = 4096  # keeps the logits of a window in memory (4 GB of float32 at 262,144 words)
 STORES = ("zarr", "arrow")
+MODES = ("score", "generate")
+SAMPLING = ("temperature", "top_p", "top_k", "n", "stop", "seed", "max_tokens")
 LAUNCHERS = ("local", "ray")
 
 
@@ -67,6 +71,14 @@ class BuildConfig:
     min_bytes: int = 0
     score_roles: tuple[str, ...] = ("assistant",)
     shard_range: tuple[int, int | None] | None = None
+    mode: str = "score"
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    n: int | None = None
+    stop: Sequence[str] | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
     launcher: str = "local"
     data_parallel_size: int = 1
     engine_arguments: dict[str, Any] = field(default_factory=dict)
@@ -91,6 +103,15 @@ class BuildConfig:
             raise ConfigError(f"store is {self.store!r}, but must be {' or '.join(STORES)}")
         if self.shard_range and not 0 <= self.shard_range[0] < (self.shard_range[1] or math.inf):
             raise ConfigError(f"shard_range is {self.shard_range}, but must be A:B with 0 <= A < B")
+        if self.mode not in MODES:
+            raise ConfigError(f"mode is {self.mode!r}, but must be {' or '.join(MODES)}")
+        if self.mode == "generate":
+            self.sampling(())
+            for name, default in (("kind", "auto"), ("min_bytes", 0), ("window_overlap", None)):
+                if getattr(self, name) != default:
+                    raise ConfigError(f"{name} is for texts that are scored; leave it out in mode generate")
+        elif given := [name for name in SAMPLING if getattr(self, name) is not None]:
+            raise ConfigError(f"{', '.join(given)}: for completions that the teacher writes; add --mode generate")
         if self.launcher not in LAUNCHERS:
             raise ConfigError(f"launcher is {self.launcher!r}, but must be {' or '.join(LAUNCHERS)}")
         if not all(self.score_roles) or not self.score_roles or set(self.score_roles) & set(TOOL_ROLES):
@@ -103,6 +124,13 @@ class BuildConfig:
     def ids_kept(self) -> int:
         """k_ids, resolved."""
         return min(DEFAULT_K_IDS, self.k) if self.k_ids is None else self.k_ids
+
+    def sampling(self, stop_token_ids: tuple[int, ...]) -> Sampling | None:
+        """How completions are written; None in mode score. Raises ConfigError."""
+        if self.mode == "score":
+            return None
+        given = {name: getattr(self, name) for name in SAMPLING if getattr(self, name) is not None}
+        return Sampling(**given | {"stop": tuple(self.stop or ())}, stop_token_ids=stop_token_ids)
 
     @property
     def gpus_per_replica(self) -> int:
@@ -201,17 +229,7 @@ def build(config: BuildConfig) -> BuildReport:
 
 def prepare(config: BuildConfig) -> Preparation:
     """Read the corpus, find the teacher and make the plan. Nothing is written, no weights are loaded."""
-    documents = list(
-        read_corpus(
-            config.corpus,
-            kind=config.kind,
-            split=config.split,
-            subset=config.subset,
-            max_documents=config.max_documents,
-            min_bytes=config.min_bytes,
-            score_roles=config.score_roles,
-        )
-    )
+    documents = _documents(config)
     teacher = find_teacher(
         config.teacher,
         revision=config.revision,
@@ -223,16 +241,44 @@ def prepare(config: BuildConfig) -> Preparation:
     name = choose_engine(config.engine)
     engine = make_engine(name, _engine_config(config, teacher))
     cutter = _cutter(config, teacher, engine.config)
-    _rehearse(cutter, documents, engine.config)
+    sampling = config.sampling(teacher.end_ids())
+    if sampling is None:
+        _rehearse(cutter, documents, engine.config)
+    else:
+        for document in documents[:: sampling.n]:
+            make_prompt(cutter, document, sampling, 0, engine.config)
     recipe = Recipe(
         output=config.output,
-        settings=_settings(config, teacher, engine, cutter, has_chats=any(item.kind == "chat" for item in documents)),
+        settings=_settings(
+            config, teacher, engine, cutter, sampling, has_chats=any(item.kind == "chat" for item in documents)
+        ),
         plan=make_plan(documents, config.documents_per_shard),
         engine=name,
         engine_config=engine.config,
         cutter=cutter,
+        sampling=sampling,
     )
     return Preparation(documents=documents, engine=engine, recipe=recipe)
+
+
+def _documents(config: BuildConfig) -> list[Document]:
+    """What the plan lists: the corpus, or its prompts, each as often as it is answered."""
+    if config.mode == "generate":
+        prompts = read_prompts(
+            config.corpus, split=config.split, subset=config.subset, max_documents=config.max_documents
+        )
+        return [prompt for prompt in prompts for _ in range(config.n or 1)]
+    return list(
+        read_corpus(
+            config.corpus,
+            kind=config.kind,
+            split=config.split,
+            subset=config.subset,
+            max_documents=config.max_documents,
+            min_bytes=config.min_bytes,
+            score_roles=config.score_roles,
+        )
+    )
 
 
 def _engine_config(config: BuildConfig, teacher: Teacher) -> EngineConfig:
@@ -275,10 +321,18 @@ def _rehearse(cutter: Cutter, documents: Sequence[Document], config: EngineConfi
 
 
 def _settings(
-    config: BuildConfig, teacher: Teacher, engine: Engine, cutter: Cutter, *, has_chats: bool
+    config: BuildConfig,
+    teacher: Teacher,
+    engine: Engine,
+    cutter: Cutter,
+    sampling: Sampling | None,
+    *,
+    has_chats: bool,
 ) -> CacheSettings:
     vocabulary = _vocabulary(teacher) if config.ids_kept else None
-    chats = teacher.chat_template_identity(config.chat_template_kwargs) | {"score_roles": sorted(config.score_roles)}
+    chats = teacher.chat_template_identity(config.chat_template_kwargs)
+    if sampling is None:
+        chats["score_roles"] = sorted(config.score_roles)
     return CacheSettings(
         teacher=teacher.identity(),
         tokenizer=teacher.tokenizer_identity() | {"bos_token": config.bos_token},
@@ -288,8 +342,12 @@ def _settings(
         k_ids=config.ids_kept,
         vocab_size=teacher.vocab_size,
         store=config.store,
-        windows={"max_model_len": engine.config.max_model_len, "overlap": cutter.overlap},
+        windows={
+            "max_model_len": engine.config.max_model_len,
+            "overlap": cutter.overlap if sampling is None else 0,
+        },
         vocabulary=vocabulary,
+        generation=None if sampling is None else sampling.to_json(),
     )
 
 

@@ -15,9 +15,9 @@ from storage_specs.errors import (
     MissingObjectError,
     NotACacheError,
 )
-from storage_specs.generations import newest_record, record_generations, replaced_by
 from storage_specs.manifest import Manifest
 from storage_specs.objects import Objects, open_objects
+from storage_specs.revisions import newest_record, record_revisions, replaced_by
 from storage_specs.sealed_json import digest_of
 from storage_specs.shard_record import ShardRecord
 from storage_specs.stored_object import StoredObject
@@ -42,9 +42,9 @@ def finalize_cache(path: str | os.PathLike[str]) -> Manifest:
 
 def verified_records(objects: Objects, config: dict[str, Any], planned: plan.Plan) -> list[ShardRecord | None]:
     """For each shard of the plan its newest record that verifies with all its objects (all are read), or None."""
-    generations, digest = record_generations(objects), digest_of(config)
+    revisions, digest = record_revisions(objects), digest_of(config)
     return [
-        newest_record(objects, shard, digest, planned.doc_ids_of(shard), generations.get(shard, ()))
+        newest_record(objects, shard, digest, planned.doc_ids_of(shard), revisions.get(shard, ()))
         for shard in range(len(planned.shards))
     ]
 
@@ -102,7 +102,10 @@ def manifest_bytes(
             **{name: config[name] for name in ("k", "k_ids", "vocab_size", "store")},
             "corpus": {"digest": planned.corpus_digest, "documents": len(planned.doc_ids)},
             "codec": codec_of(records),
-            "held_out": {"rule": HELD_OUT_RULE, "documents": sum(map(is_held_out, planned.doc_ids))},
+            "held_out": {
+                "rule": HELD_OUT_RULE,
+                "documents": sum(is_held_out(doc_id) for record in records for doc_id in record.doc_ids),
+            },
             "rank_edges": None,
             "counts": counts_of(records),
             "plan": StoredObject.of(plan.NAME, objects.read(plan.NAME)).to_json(),
@@ -110,17 +113,18 @@ def manifest_bytes(
             "vocabulary": vocabulary and vocabulary.to_json(),
             "config_digest": digest_of(config),
             "replaces": list(replaces),
+            "generation": generation_of(config, records),
         }
     )
     manifest_json.manifest_from_bytes(data)  # what is refused by readers is not written
     return data
 
 
-def _vocabulary(objects: Objects, config: dict[str, Any], generation: int) -> StoredObject | None:
+def _vocabulary(objects: Objects, config: dict[str, Any], revision: int) -> StoredObject | None:
     """The newest vocabulary as it lies there, if it is the one that was planned."""
     if config["vocabulary_digest"] is None:
         return None
-    names = [vocabulary_table.name_of(number) for number in range(generation, -1, -1)]
+    names = [vocabulary_table.name_of(number) for number in range(revision, -1, -1)]
     name = next((name for name in names if objects.size(name) is not None), names[-1])
     try:
         data = objects.read(name)
@@ -142,6 +146,13 @@ def codec_of(records: Sequence[ShardRecord]) -> dict[str, Any]:
         "max_l1_error": max(record.max_l1_error for record in records),
         "mean_l1_error": math.fsum(record.sum_l1_error for record in records) / max(1, rows),
     }
+
+
+def generation_of(config: dict[str, Any], records: Sequence[ShardRecord]) -> dict[str, Any] | None:
+    """The manifest's `generation`: the settings and what all shards' records count."""
+    if config["generation"] is None:
+        return None
+    return {**config["generation"], "refused": sum((record.generation or {}).get("refused", 0) for record in records)}
 
 
 def counts_of(records: Sequence[ShardRecord]) -> dict[str, int]:

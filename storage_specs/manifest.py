@@ -12,7 +12,7 @@ from storage_specs.objects import Objects
 from storage_specs.sealed_json import seal, unseal
 from storage_specs.shard_record import record_name
 from storage_specs.stored_object import REMEDY, StoredObject, remedy_at
-from storage_specs.stores import STORES, generation_mark
+from storage_specs.stores import STORES, revision_mark
 
 NAME = "manifest.json"
 MAX_BYTES = 1_000_000
@@ -30,6 +30,7 @@ class Manifest:
     counts: {documents, rows, end_rows, empty_documents, text_bytes, unscored_bytes}. plan, shards, vocabulary (None
     without ids): the objects plan.json, shards.parquet, vocabulary.parquet. config_digest: of the builder's settings.
     replaces: cache_ids of the caches that repairs of this one replaced, the latest last; empty in one as it was built.
+    generation: how the teacher wrote the completions, and how many were `refused`; None where it scored given texts.
     """
 
     spec_version: int
@@ -53,13 +54,14 @@ class Manifest:
     vocabulary: StoredObject | None
     config_digest: str
     replaces: list[str]
+    generation: dict[str, Any] | None
 
     @property
     def row_shape(self) -> RowShape:
         return RowShape(k=self.k, k_ids=self.k_ids, vocab_size=self.vocab_size)
 
     @property
-    def generation(self) -> int:
+    def revision(self) -> int:
         """How often the cache was repaired."""
         return len(self.replaces)
 
@@ -104,9 +106,9 @@ def manifest_to_bytes(values: dict[str, Any]) -> bytes:
     return seal(values, "cache_id")
 
 
-def kept_name(generation: int) -> str:
+def kept_name(revision: int) -> str:
     """Under which name a repair keeps the manifest that it replaces."""
-    return f"manifest{generation_mark(generation) or '.r0'}.json"
+    return f"manifest{revision_mark(revision) or '.r0'}.json"
 
 
 def manifest_from_bytes(data: bytes, place: str = NAME, remedy: str = REMEDY) -> Manifest:

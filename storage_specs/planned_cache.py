@@ -21,11 +21,11 @@ from storage_specs.errors import (
     StorageFullError,
 )
 from storage_specs.finalization import commit, finished_manifest
-from storage_specs.generations import newest_record, record_generations
 from storage_specs.local_objects import writing
 from storage_specs.manifest import Manifest
 from storage_specs.objects import Objects, open_objects
 from storage_specs.plan import Plan, differences, plan_from_bytes, plan_to_bytes
+from storage_specs.revisions import newest_record, record_revisions
 from storage_specs.sealed_json import digest_of
 from storage_specs.shard_record import ShardRecord
 from storage_specs.stored_object import StoredObject
@@ -62,7 +62,7 @@ class PlannedCache:
 
     def absent_shards(self) -> int:
         """How many shards have no record; nothing is read, so that a shard that has one may still be damaged."""
-        return len(set(range(len(self.plan.shards))) - record_generations(self.objects).keys())
+        return len(set(range(len(self.plan.shards))) - record_revisions(self.objects).keys())
 
     def missing_shards(self, among: Iterable[int] | None = None) -> list[int]:
         """Shards still to be written: those without a record, or with an object that does not verify (all are read).
@@ -76,11 +76,11 @@ class PlannedCache:
             for stored in chain.from_iterable(table.objects):
                 self.objects.check_size(stored)
             return []
-        generations = record_generations(self.objects)
+        revisions = record_revisions(self.objects)
         missing = []
         for shard in range(len(self.plan.shards)) if among is None else among:
             record = self._records.get(shard) or newest_record(
-                self.objects, shard, self.config_digest, self.plan.doc_ids_of(shard), generations.get(shard, ())
+                self.objects, shard, self.config_digest, self.plan.doc_ids_of(shard), revisions.get(shard, ())
             )
             if record is None:
                 missing.append(shard)

@@ -26,7 +26,8 @@ class CacheSettings:
     teacher, tokenizer, chat_template (None where the corpus has no chats), engine, windows: JSON objects that say which
     they are (names, revisions, digests, versions); the format keeps them as they are. k: sorted values per row.
     k_ids: ranks whose ids are kept, 0 to k. vocab_size: the teacher's. store: "zarr" or "arrow".
-    vocabulary: the teacher's words, needed exactly where k_ids > 0, with vocab_size entries.
+    vocabulary: the teacher's words, needed exactly where k_ids > 0, with vocab_size entries. generation: how the teacher
+    wrote completions (a JSON object), None where it scored texts that were there.
     """
 
     teacher: dict[str, Any]
@@ -39,6 +40,7 @@ class CacheSettings:
     store: str = "zarr"
     windows: dict[str, Any]
     vocabulary: "Vocabulary | None" = None
+    generation: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.vocab_size <= LARGEST_VOCABULARY:
@@ -75,6 +77,7 @@ class CacheSettings:
             "store": self.store,
             "profile": half.PROFILE,
             "windows": self.windows,
+            "generation": self.generation,
             "vocabulary_digest": None if self.vocabulary is None else vocabulary_digest(self.vocabulary),
         }
         try:

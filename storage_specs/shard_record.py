@@ -1,6 +1,7 @@
 """A shard's commit record, `shards/000000.json`, its last object: where record and objects verify, it is complete."""
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from storage_specs.errors import CorruptCacheError, MalformedObjectError, SpecVersionError
 from storage_specs.objects import Objects
@@ -15,6 +16,8 @@ class ShardRecord:
 
     max_l1_error, sum_l1_error: over its rows, what storing the values cost. unscored_bytes: of scored spans. replaces:
     cache_ids of the caches that the repair which wrote it replaced, the latest last; none in a shard as it was built.
+    max_l1_error, sum_l1_error: over its rows, what storing the values cost. unscored_bytes: of scored spans.
+    generation: `generated.generation_record` where the teacher wrote the documents, else None.
     """
 
     shard: int
@@ -28,6 +31,12 @@ class ShardRecord:
     sum_l1_error: float
     objects: tuple[StoredObject, ...]
     replaces: tuple[str, ...] = ()
+    generation: dict[str, Any] | None = None
+
+    @property
+    def planned_ids(self) -> tuple[str, ...]:
+        """What the plan lists for this shard: its documents, or the prompts that they answer."""
+        return self.doc_ids if self.generation is None else tuple(self.generation["prompt_ids"])
 
     @property
     def name(self) -> str:
@@ -51,27 +60,30 @@ class ShardRecord:
             raise MalformedObjectError(f"{place}: not a commit record ({error!r})") from None
 
 
-def record_name(shard: int, generation: int = 0) -> str:
-    return f"{stem_of(shard, generation)}.json"
+def record_name(shard: int, revision: int = 0) -> str:
+    return f"{stem_of(shard, revision)}.json"
 
 
-def read_record(objects: Objects, shard: int, generation: int = 0) -> ShardRecord:
+def read_record(objects: Objects, shard: int, revision: int = 0) -> ShardRecord:
     """A shard's record, its objects not yet looked at. Raises CorruptCacheError's kinds, SpecVersionError."""
-    name = record_name(shard, generation)
+    name = record_name(shard, revision)
     record = ShardRecord.from_bytes(objects.read(name), name, remedy_at(objects.place))
-    stem = f"{stem_of(shard, generation)}."
+    stem = f"{stem_of(shard, revision)}."
     if record.name != name or not all(stored.name.startswith(stem) for stored in record.objects):
         raise MalformedObjectError(f"{name}: it is the record of another shard")
     return record
 
 
 def verified_record(
-    objects: Objects, shard: int, config_digest: str, doc_ids: tuple[str, ...], generation: int = 0
+    objects: Objects, shard: int, config_digest: str, doc_ids: tuple[str, ...], revision: int = 0
 ) -> ShardRecord | None:
-    """The shard's record if it belongs to this build and every object that it names verifies (all are read)."""
+    """The shard's record if it belongs to this build and every object that it names verifies (all are read).
+
+    `doc_ids`: what the plan lists for the shard.
+    """
     try:
-        record = read_record(objects, shard, generation)
-        if record.config_digest != config_digest or record.doc_ids != doc_ids:
+        record = read_record(objects, shard, revision)
+        if record.config_digest != config_digest or record.planned_ids != doc_ids:
             return None
         for stored in record.objects:
             objects.fetch(stored)

@@ -13,7 +13,7 @@ from storage_specs.errors import CorruptCacheError, MalformedObjectError
 from storage_specs.parquet import table_from_bytes, table_to_bytes
 from storage_specs.shard_record import ShardRecord
 from storage_specs.stored_object import REMEDY, StoredObject
-from storage_specs.stores import generation_mark, stem_of
+from storage_specs.stores import revision_mark, stem_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,9 +62,9 @@ class ShardTable:
         )
 
 
-def name_of(generation: int) -> str:
+def name_of(revision: int) -> str:
     """The table's name in a cache that was repaired so many times."""
-    return f"shards{generation_mark(generation)}.parquet"
+    return f"shards{revision_mark(revision)}.parquet"
 
 
 def table_to_object(records: Sequence[ShardRecord]) -> bytes:
@@ -121,7 +121,7 @@ def _objects_of(column: "pa.ListArray") -> Iterator[tuple[StoredObject, ...]]:
 
 
 def _belong_together(shard: int, objects: tuple[StoredObject, ...]) -> bool:
-    """Whether these are a shard's objects of one generation, its commit record last."""
+    """Whether these are a shard's objects of one revision, its commit record last."""
     stem = objects[-1].name.removesuffix(".json") if objects else ""
     return re.fullmatch(rf"{stem_of(shard)}(\.r[1-9][0-9]*)?", stem) is not None and all(
         stored.name.startswith(f"{stem}.") for stored in objects

@@ -24,11 +24,11 @@ def shard_store(name: str) -> ShardStore:
     return importlib.import_module(STORES[name])
 
 
-def stem_of(shard: int, generation: int = 0) -> str:
+def stem_of(shard: int, revision: int = 0) -> str:
     """What the names of all objects of a shard start with; a repaired shard has names of its own."""
-    return f"shards/{shard:06d}{generation_mark(generation)}"
+    return f"shards/{shard:06d}{revision_mark(revision)}"
 
 
-def generation_mark(generation: int) -> str:
+def revision_mark(revision: int) -> str:
     """What the n-th repair of a cache puts into the names of what it writes; nothing in a cache as it was built."""
-    return f".r{generation}" if generation else ""
+    return f".r{revision}" if revision else ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from storage_specs.document import canonical_json
 from storage_specs.parquet import table_from_bytes, table_to_bytes
-from storage_specs.stores import generation_mark
+from storage_specs.stores import revision_mark
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -19,9 +19,9 @@ NAME = "vocabulary.parquet"
 ROLES = ("bos", "eos", "end_of_turn", "other")
 
 
-def name_of(generation: int) -> str:
+def name_of(revision: int) -> str:
     """The vocabulary's name where the n-th repair of a cache wrote it."""
-    return f"vocabulary{generation_mark(generation)}.parquet"
+    return f"vocabulary{revision_mark(revision)}.parquet"
 
 
 def vocabulary_digest(vocabulary: "Vocabulary") -> str:

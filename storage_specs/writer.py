@@ -7,6 +7,7 @@ from storage_specs.column_building import columns_of
 from storage_specs.document import CachedDocument
 from storage_specs.errors import ConfigError, InvalidDocumentError
 from storage_specs.finalization import finalize_cache
+from storage_specs.generated import generation_record
 from storage_specs.plan import Plan
 from storage_specs.planned_cache import PlannedCache
 from storage_specs.settings import CacheSettings
@@ -47,13 +48,15 @@ def encoded_shard(
     doc_ids: tuple[str, ...],
     replaces: tuple[str, ...] = (),
 ) -> tuple[ShardRecord, dict[str, bytes]]:
-    """A shard's commit record and its other objects. `replaces`: the caches before this one, where it is a repair.
+    """A shard's commit record and its other objects. doc_ids: what the plan lists for it, its documents or the prompts
+    that they answer. replaces: the caches before this one, where it is a repair.
 
-    Raises InvalidDocumentError: documents that break the format's rules, or are not those of `doc_ids`.
+    Raises InvalidDocumentError: documents that break the format's rules, or are not those of the plan.
     """
     try:
         columns, l1_error_N = columns_of(documents, settings.row_shape)
-        if columns.doc_ids != doc_ids:
+        generation = None if settings.generation is None else generation_record(documents)
+        if (columns.doc_ids if generation is None else tuple(generation["prompt_ids"])) != doc_ids:
             raise ValueError("its documents are not those that the plan names")
         contents = shard_store(settings.store).encode(columns, stem_of(shard, len(replaces)))
     except (ValueError, TypeError) as error:  # TypeError: metadata that are no JSON
@@ -70,5 +73,6 @@ def encoded_shard(
         sum_l1_error=float(l1_error_N.sum()),
         objects=tuple(StoredObject.of(name, data) for name, data in contents.items()),
         replaces=replaces,
+        generation=generation,
     )
     return record, contents

@@ -58,6 +58,18 @@ def parser(command: str = "build") -> Parser:
     add("--shard_range", type=_shard_range, metavar="A:B", help="only shards A to B - 1 of the plan, for job arrays")
     add("--data_parallel_size", type=int, metavar="N", help="replicas of the teacher, one process and GPU each (1)")
     add("--launcher", metavar="NAME", help="local | ray = actors of a Ray cluster, data_parallel_size of them (local)")
+    add(
+        "--mode",
+        metavar="MODE",
+        help="score = the corpus as it is | generate = the teacher answers its prompts (score)",
+    )
+    add("--temperature", type=float, metavar="T", help="mode generate: sampling temperature, 0 = greedy (1)")
+    add("--top_p", type=float, metavar="P", help="mode generate: draw from the fewest tokens that reach this mass (1)")
+    add("--top_k", type=int, metavar="N", help="mode generate: draw from the N most probable tokens, 0 = all (0)")
+    add("--n", type=int, metavar="N", help="mode generate: completions per prompt (1)")
+    add("--stop", action="append", metavar="TEXT", help="mode generate: ends a completion; may be given several times")
+    add("--seed", type=int, metavar="N", help="mode generate: seed of all samples (0)")
+    add("--max_tokens", type=int, metavar="N", help="mode generate: tokens per completion (256)")
     return flags
 
 

@@ -1,7 +1,7 @@
-"""Generations: what a repair writes has names of its own, so that nothing that a manifest names is ever overwritten.
+"""Revisions: what a repair writes has names of its own, so that nothing that a manifest names is ever overwritten.
 
 The n-th repair of a cache writes `shards/000003.rN.json`, `shards.rN.parquet`, ... beside what was there. `replaces` in
-records and manifest lists the cache_ids of all predecessors, so its length is the generation.
+records and manifest lists the cache_ids of all predecessors, so its length is the revision.
 """
 
 import re
@@ -15,8 +15,8 @@ from storage_specs.shard_record import ShardRecord, verified_record
 _RECORD = re.compile(r"shards/(\d{6,})(?:\.r([1-9]\d*))?\.json")
 
 
-def record_generations(objects: Objects) -> dict[int, list[int]]:
-    """{shard: generations of its commit records, the newest first}, by their names alone."""
+def record_revisions(objects: Objects) -> dict[int, list[int]]:
+    """{shard: revisions of its commit records, the newest first}, by their names alone."""
     found: defaultdict[int, list[int]] = defaultdict(list)
     for name, _ in objects.list("shards/"):
         match = _RECORD.fullmatch(name)
@@ -26,10 +26,10 @@ def record_generations(objects: Objects) -> dict[int, list[int]]:
 
 
 def newest_record(
-    objects: Objects, shard: int, config_digest: str, doc_ids: tuple[str, ...], generations: Iterable[int]
+    objects: Objects, shard: int, config_digest: str, doc_ids: tuple[str, ...], revisions: Iterable[int]
 ) -> ShardRecord | None:
-    """The shard's record of the first of these generations that verifies with all its objects, or None."""
-    records = (verified_record(objects, shard, config_digest, doc_ids, number) for number in generations)
+    """The shard's record of the first of these revisions that verifies with all its objects, or None."""
+    records = (verified_record(objects, shard, config_digest, doc_ids, number) for number in revisions)
     return next(filter(None, records), None)
 
 
