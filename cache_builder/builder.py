@@ -14,6 +14,7 @@ from cache_builder.corpus import read_corpus
 from cache_builder.dispatch import dispatch
 from cache_builder.engines import choose_engine, make_engine
 from cache_builder.engines.base import Engine, EngineConfig, check_window
+from cache_builder.extension import extended, take_over_base
 from cache_builder.progress import Progress, Work
 from cache_builder.prompts import read_prompts
 from cache_builder.ray_launcher import ray_actors
@@ -26,6 +27,7 @@ from storage_specs.document import KINDS, TOOL_ROLES, Document
 from storage_specs.errors import ConfigError
 from storage_specs.lease import lease
 from storage_specs.manifest import Manifest
+from storage_specs.merging import Source
 from storage_specs.plan import Plan, make_plan
 from storage_specs.settings import CacheSettings
 from storage_specs.token_alphabet import backend_of
@@ -45,6 +47,7 @@ class BuildConfig:
 
     k_ids None: 16, or k where that is less. max_model_len None: the model's own, at most 4,096 tokens.
     window_overlap None: an eighth of max_model_len, in tokens. shard_range: first and last + 1, None for no end.
+    extend: a cache whose shards the new one takes over; documents that it holds are not scored again.
     engine_arguments: passed through to vLLM.
     """
 
@@ -71,6 +74,7 @@ class BuildConfig:
     min_bytes: int = 0
     score_roles: tuple[str, ...] = ("assistant",)
     shard_range: tuple[int, int | None] | None = None
+    extend: str | None = None
     mode: str = "score"
     temperature: float | None = None
     top_p: float | None = None
@@ -150,11 +154,16 @@ class BuildConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """Everything that is known before the teacher's weights are loaded. engine: not loaded yet."""
+    """Everything that is known before the teacher's weights are loaded.
+
+    documents: those to be scored, the last ones of the plan. engine: not loaded yet. base: the cache whose documents
+    the plan lists before them, where the build extends one.
+    """
 
     documents: Sequence[Document]
     engine: Engine
     recipe: Recipe
+    base: Source | None = None
 
     @property
     def plan(self) -> Plan:
@@ -162,7 +171,8 @@ class Preparation:
 
     def members(self, shard: int) -> list[Document]:
         """The documents of one shard."""
-        return [self.documents[number] for number in self.plan.shards[shard]]
+        before = len(self.plan.doc_ids) - len(self.documents)
+        return [self.documents[number - before] for number in self.plan.shards[shard]]
 
     def characters(self, shards: Iterable[int]) -> int:
         """The length of these shards' texts, from which a bar estimates its end."""
@@ -196,6 +206,8 @@ def build(config: BuildConfig) -> BuildReport:
     with lease(writer.objects, shared=config.shard_range is not None):
         shards = config.shards_of(prepared.plan)
         missing = writer.missing_shards(shards)
+        if prepared.base is not None:
+            missing = take_over_base(writer, prepared.base, missing)
         work = Work()
         with Progress(prepared.characters(missing), len(shards) - len(missing), len(shards)) as progress:
 
@@ -258,7 +270,8 @@ def prepare(config: BuildConfig) -> Preparation:
         cutter=cutter,
         sampling=sampling,
     )
-    return Preparation(documents=documents, engine=engine, recipe=recipe)
+    prepared = Preparation(documents=documents, engine=engine, recipe=recipe)
+    return prepared if config.extend is None else extended(prepared, config.extend, config.documents_per_shard)
 
 
 def _documents(config: BuildConfig) -> list[Document]:

@@ -127,7 +127,7 @@ def joined_plans(plans: Sequence[Plan]) -> Plan:
 def _refuse_duplicates(sources: Sequence[Source]) -> None:
     places: dict[str, str] = {}
     for source in sources:
-        place, doc_ids = str(source.cache.path), set(source.plan.doc_ids)
+        place, doc_ids = str(source.cache.path), set(source.cache.doc_ids)
         twice = sorted(doc_ids & places.keys())
         if twice:
             raise CacheMismatchError(
