@@ -13,7 +13,8 @@ from storage_specs.lease import lease
 from storage_specs.manifest import Manifest
 from storage_specs.merging import Source
 from storage_specs.planned_cache import PlannedCache
-from storage_specs.stored_object import StoredObject
+from storage_specs.shard_record import described
+from storage_specs.stored_shard import Selection
 from storage_specs.stores import STORES, shard_store, stem_of
 
 
@@ -38,14 +39,19 @@ def convert_cache(
         missing, shards = set(converted.missing_shards()), len(source.plan.shards)
         for shard in range(shards):
             if shard in missing:
-                contents = shard_store(store).encode(source.cache.columns(shard), stem_of(shard))
+                reader = source.cache.reader
+                everything = Selection.everything(source.cache.table.size_of(shard))
+                stored_shard = reader.stored_shard(shard, reader.stored(shard), everything)
+                contents = shard_store(store).encode(stored_shard, reader.arrays_of(shard), stem_of(shard))
+                objects, parts = described(contents)
                 record = replace(
                     source.record(shard),
                     config_digest=converted.config_digest,
-                    objects=tuple(StoredObject.of(name, data) for name, data in contents.items()),
+                    objects=objects,
+                    parts=parts,
                     replaces=(),
                 )
-                converted.commit_shard(record, contents)
+                converted.commit_shard(record, {name: item.data for name, item in contents.items()})
             if progress is not None:
                 progress(shard + 1, shards)
         return converted.finalize()

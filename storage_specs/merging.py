@@ -18,6 +18,7 @@ from storage_specs.plan import Plan, config_differences
 from storage_specs.planned_cache import PlannedCache
 from storage_specs.reader import Cache, open_cache
 from storage_specs.shard_record import ShardRecord
+from storage_specs.stored_object import remedy_at
 from storage_specs.stores import stem_of
 
 
@@ -46,7 +47,7 @@ class Source:
     def record(self, shard: int) -> ShardRecord:
         """A shard's commit record, held against the shard table."""
         stored = self.cache.table.objects[shard][-1]
-        return ShardRecord.from_bytes(self.objects.fetch(stored), stored.name)
+        return ShardRecord.from_bytes(self.objects.fetch(stored), stored.name, remedy_at(self.objects.place))
 
 
 def merge_caches(
@@ -87,11 +88,13 @@ def take_over(target: PlannedCache, shard: int, source: Source, number: int) -> 
     old_stem, new_stem = source.cache.table.stem_of(number), stem_of(shard)
     record = source.record(number)
     names = {new_stem + stored.name.removeprefix(old_stem): stored for stored in record.objects}
+    parts = {new_stem + name.removeprefix(old_stem): parts for name, parts in record.parts.items()}
     renamed = replace(
         record,
         shard=shard,
         config_digest=target.config_digest,
         objects=tuple(replace(stored, name=name) for name, stored in names.items()),
+        parts=parts,
         replaces=(),
     )
     target.link_shard(renamed, source.objects, names)

@@ -3,16 +3,17 @@
 import os
 from collections.abc import Sequence
 
+from storage_specs import row_coding
 from storage_specs.column_building import columns_of
 from storage_specs.document import CachedDocument
 from storage_specs.errors import ConfigError, InvalidDocumentError
 from storage_specs.finalization import finalize_cache
 from storage_specs.generated import generation_record
+from storage_specs.l1_errors import L1Errors
 from storage_specs.plan import Plan
 from storage_specs.planned_cache import PlannedCache
 from storage_specs.settings import CacheSettings
-from storage_specs.shard_record import ShardRecord
-from storage_specs.stored_object import StoredObject
+from storage_specs.shard_record import ShardRecord, described
 from storage_specs.stores import shard_store, stem_of
 from storage_specs.vocabulary_table import vocabulary_to_bytes
 
@@ -45,34 +46,39 @@ def encoded_shard(
     shard: int,
     documents: Sequence[CachedDocument],
     settings: CacheSettings,
-    doc_ids: tuple[str, ...],
+    planned_ids: tuple[str, ...],
     replaces: tuple[str, ...] = (),
 ) -> tuple[ShardRecord, dict[str, bytes]]:
-    """A shard's commit record and its other objects. doc_ids: what the plan lists for it, its documents or the prompts
-    that they answer. replaces: the caches before this one, where it is a repair.
+    """A shard's commit record and its other objects. planned_ids: what the plan lists for it, its documents or the
+    prompts that they answer. replaces: the caches before this one, where it is a repair.
 
     Raises InvalidDocumentError: documents that break the format's rules, or are not those of the plan.
     """
+    shape = settings.row_shape
     try:
-        columns, l1_error_N = columns_of(documents, settings.row_shape)
+        doc_ids = tuple(document.doc_id for document in documents)
+        columns = columns_of(documents, shape)
         generation = None if settings.generation is None else generation_record(documents)
-        if (columns.doc_ids if generation is None else tuple(generation["prompt_ids"])) != doc_ids:
+        if (doc_ids if generation is None else tuple(generation["prompt_ids"])) != planned_ids:
             raise ValueError("its documents are not those that the plan names")
-        contents = shard_store(settings.store).encode(columns, stem_of(shard, len(replaces)))
+        stored_shard, l1_error_N = row_coding.encode(columns, shape)
+        wanted = row_coding.arrays_of(shape, len(l1_error_N))
+        contents = shard_store(settings.store).encode(stored_shard, wanted, stem_of(shard, len(replaces)))
     except (ValueError, TypeError) as error:  # TypeError: metadata that are no JSON
         raise InvalidDocumentError(f"shard {shard}: {error}; nothing was written") from error
+    objects, parts = described(contents)
     record = ShardRecord(
         shard=shard,
         config_digest=settings.config_digest,
-        doc_ids=columns.doc_ids,
-        document_rows=tuple(len(document.segment) for document in documents),
-        document_text_bytes=tuple(columns.text_bytes.tolist()),
+        doc_ids=doc_ids,
+        document_rows=tuple(stored_shard.document_rows.tolist()),
+        document_text_bytes=tuple(stored_shard.text_bytes.tolist()),
         end_rows=int(columns.is_end.sum()),
         unscored_bytes=sum(document.unscored_bytes for document in documents),
-        max_l1_error=float(l1_error_N.max(initial=0)),
-        sum_l1_error=float(l1_error_N.sum()),
-        objects=tuple(StoredObject.of(name, data) for name, data in contents.items()),
+        l1_errors=L1Errors.of(l1_error_N),
+        objects=objects,
+        parts=parts,
         replaces=replaces,
         generation=generation,
     )
-    return record, contents
+    return record, {name: item.data for name, item in contents.items()}

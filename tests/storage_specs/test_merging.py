@@ -44,7 +44,7 @@ def test_shards_of_any_size_and_number(tmp_path: Path) -> None:
         write_cache(tmp_path / str(number), documents, some_settings(), documents_per_shard=number + 1)
     merge_caches([tmp_path / "2", tmp_path / "0", tmp_path / "1"], tmp_path / "merged")
     merged = open_cache(tmp_path / "merged")
-    assert merged.documents_per_shard == [3, 3, 1, 1, 1, 1, 2, 2, 1]
+    assert merged.documents_per_shard.tolist() == [3, 3, 1, 1, 1, 1, 2, 2, 1]
     for read, written in zip(merged, corpora[2] + corpora[0] + corpora[1], strict=True):
         assert_stored(written, read)
     assert verify_cache(tmp_path / "merged").ok

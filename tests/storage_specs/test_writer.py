@@ -6,7 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_caches import STORES, begun, files_of, some_documents, some_settings, some_vocabulary, write_cache
+from small_caches import (
+    STORES,
+    assert_stored,
+    begun,
+    files_of,
+    some_documents,
+    some_settings,
+    some_vocabulary,
+    write_cache,
+)
 
 from storage_specs import CacheWriter, open_cache, verify_cache
 from storage_specs.document import is_held_out
@@ -26,16 +35,19 @@ from storage_specs.writer import finalize_cache
 HERE = Path(__file__).parent
 
 
+SUFFIXES = (".json", ".parquet", ".id_codes.parquet", ".id_words.parquet")
+
+
 @pytest.mark.parametrize("store", STORES)
 def test_layout_and_manifest(tmp_path: Path, store: str) -> None:
     documents, settings = some_documents(7), some_settings(store)
     manifest = write_cache(tmp_path / "cache", documents, settings)
     names = set(files_of(tmp_path / "cache"))
     shards = {f"shards/{shard:06d}" for shard in range(3)}
-    top = {"plan.json", "vocabulary.parquet", "shards.parquet", "manifest.json"}
+    top = {"plan.json", "vocabulary.parquet", "shards.parquet", "documents.parquet", "manifest.json"}
     assert top | {f"{shard}.json" for shard in shards} <= names
     if store == "arrow":
-        assert names == top | {shard + suffix for shard in shards for suffix in (".json", ".parquet", ".ids.parquet")}
+        assert names == top | {shard + suffix for shard in shards for suffix in SUFFIXES}
     else:
         assert all(f"{shard}.zarr/probs/c/0/0" in names for shard in shards)
     assert manifest.counts == {
@@ -158,7 +170,7 @@ def test_a_shard_that_another_builder_wrote_over_is_read_again(tmp_path: Path) -
     CacheWriter(tmp_path, settings, plan).write_shard(0, other)
     manifest = writer.finalize()
     assert verify_cache(tmp_path).ok
-    assert open_cache(tmp_path)[0].gold_logprob.tolist() == other[0].gold_logprob.tolist()
+    assert_stored(other[0], open_cache(tmp_path)[0])
     assert manifest == open_cache(tmp_path).manifest
     (tmp_path / "manifest.json").unlink()
     (tmp_path / "shards/000002.json").unlink()
