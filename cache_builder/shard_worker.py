@@ -63,9 +63,13 @@ class ShardWorker:
         """
         for shard, documents in jobs:
             work = Work()
-            do = self.score if self.recipe.sampling is None else self.generate
-            self.writer.write_shard(shard, do(shard, documents, work, progress))
+            self.writer.write_shard(shard, self.cached(shard, documents, work, progress))
             done(shard, work)
+
+    def cached(self, shard: int, documents: Sequence[Document], work: Work, progress: Progress) -> list[CachedDocument]:
+        """One shard's documents with their rows, scored as they are, or answered where they are prompts."""
+        do = self.score if self.recipe.sampling is None else self.generate
+        return do(shard, documents, work, progress)
 
     def score(self, shard: int, documents: Sequence[Document], work: Work, progress: Progress) -> list[CachedDocument]:
         """One shard's documents with their rows. `work` and `progress` are told of every window."""

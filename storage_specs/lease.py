@@ -20,16 +20,15 @@ _NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSU
 
 @contextmanager
 def lease(objects: Objects, *, shared: bool = False) -> Iterator[None]:
-    """Hold a cache's folder, made where it is not there yet.
+    """Hold a cache's folder, if there is one.
 
     shared: beside others that share it (builders of other shards). Raises CacheInUseError where a process of this host
-    holds it otherwise, OutputFolderError, StorageFullError.
+    holds it otherwise, OutputFolderError.
     """
-    if isinstance(objects.root, str):
+    if isinstance(objects.root, str) or not objects.root.is_dir():
         yield
         return
     with writing(objects.root):
-        objects.root.mkdir(parents=True, exist_ok=True)
         folder = os.open(objects.root, os.O_RDONLY)
     try:
         try:

@@ -1,6 +1,7 @@
 """Objects as files under a folder: synced, then renamed into place."""
 
 import errno
+import math
 import os
 import socket
 import time
@@ -52,7 +53,7 @@ class LocalObjects(Objects):
                 data = file.read(min(size, there))  # read() allocates what it is asked for
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise self._missing(name) from None
-        check_length(name, offset, size, len(data))
+        check_length(name, offset, size, len(data), remedy_at(self.root))
         return data
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -110,14 +111,28 @@ class LocalObjects(Objects):
             return None
         return time.time() - max(status.st_mtime, status.st_ctime)  # a hard link keeps the time of its writing
 
-    def sweep(self) -> None:
+    def leftovers(self, grace: float) -> Iterator[tuple[str, int]]:
         folder = self.root / WRITING_FOLDER
         for path in folder.iterdir() if folder.is_dir() else ():
             host, process = _owner(path.name)
-            if host == socket.gethostname() and path.name not in _in_use and not _alive(process):
-                path.unlink(missing_ok=True)
+            name = f"{WRITING_FOLDER}/{path.name}"
+            age, size = self.age(name), self.size(name)
+            if age is None or size is None:  # renamed into place by now
+                continue
+            ours = host == socket.gethostname()
+            if path.name not in _in_use and (not _alive(process) if ours else age > grace):
+                yield name, size
+
+    def sweep(self, grace: float = math.inf) -> None:
+        for name, _ in self.leftovers(grace):
+            (self.root / name).unlink(missing_ok=True)
         with suppress(OSError):  # never made, or another builder is writing
-            folder.rmdir()
+            (self.root / WRITING_FOLDER).rmdir()
+        for folder, _, _ in os.walk(self.root, topdown=False) if grace < math.inf else ():
+            name = os.path.relpath(folder, self.root)
+            if name != "." and (self.age(name) or 0) >= grace:
+                with suppress(OSError):  # not empty
+                    os.rmdir(folder)
 
     def _missing(self, name: str) -> MissingObjectError:
         return MissingObjectError(f"{name}: expected an object, found none in {self.root}; {remedy_at(self.root)}")

@@ -4,6 +4,7 @@ Names are relative, with `/` between parts. A root is a local folder or the URL 
 (`open_objects`). All reading, writing and checking of a cache's bytes happens through this interface.
 """
 
+import math
 import os
 import re
 from abc import ABC, abstractmethod
@@ -68,9 +69,14 @@ class Objects(ABC):
     def age(self, name: str) -> float | None:
         """Seconds since an object was written or linked here; None where there is none."""
 
+    def leftovers(self, grace: float) -> Iterator[tuple[str, int]]:
+        """(name, size) of what writers left half written: those of this host that are gone, and others where it is
+        older than `grace` seconds. Nothing in object stores, where an object appears whole."""
+        return iter(())
+
     @abstractmethod
-    def sweep(self) -> None:
-        """Remove what killed writers of this host left half written; what live processes write stays."""
+    def sweep(self, grace: float = math.inf) -> None:
+        """Remove `leftovers(grace)`, and folders that have been empty for longer; what live processes write stays."""
 
     def link_all(self, source: "Objects", names: Mapping[str, StoredObject]) -> None:
         """Take over objects of another root under new names: {name here: the object there}, replacing what was here.

@@ -26,7 +26,7 @@ def record_revisions(objects: Objects) -> dict[int, list[int]]:
 
 
 def newest_record(
-    objects: Objects, shard: int, config_digest: str, doc_ids: tuple[str, ...], revisions: Iterable[int]
+    objects: Objects, shard: int, config_digest: str, doc_ids: tuple[str, ...] | None, revisions: Iterable[int]
 ) -> ShardRecord | None:
     """The shard's record of the first of these revisions that verifies with all its objects, or None."""
     records = (verified_record(objects, shard, config_digest, doc_ids, number) for number in revisions)

@@ -71,6 +71,15 @@ class ShardReader:
         source = ObjectParts(self.objects, self._wanted(shard), record.parts)
         return self._columns(shard, source, self.table.selection(document))
 
+    def text(self, shard: int, record: ShardRecord, document: int) -> str:
+        """The text of one document, by its number in the cache: nothing else of the shard is read."""
+        source = ObjectParts(self.objects, self.table.objects[shard][:-1], record.parts)
+        nothing, selection = ShardArrays(arrays=(), tables={}), self.table.selection(document)
+        with _decoding(self.table.stem_of(shard)):
+            store = shard_store(self.manifest.store)
+            found = store.decode(source, self.table.stem_of(shard), nothing, self.table.size_of(shard), selection)
+            return found.documents[0].text
+
     def record(self, shard: int) -> ShardRecord:
         """The shard's commit record, verified."""
         return read_record(self.objects, shard, self.table.revision_of(shard), self.table.objects[shard][-1])

@@ -100,15 +100,15 @@ def read_record(objects: Objects, shard: int, revision: int = 0, stored: StoredO
 
 
 def verified_record(
-    objects: Objects, shard: int, config_digest: str, doc_ids: tuple[str, ...], revision: int = 0
+    objects: Objects, shard: int, config_digest: str, doc_ids: tuple[str, ...] | None, revision: int = 0
 ) -> ShardRecord | None:
     """The shard's record if it belongs to this build and every object that it names verifies (all are read).
 
-    `doc_ids`: what the plan lists for the shard.
+    `doc_ids`: what the plan lists for the shard; None where no plan is known.
     """
     try:
         record = read_record(objects, shard, revision)
-        if record.config_digest != config_digest or record.planned_ids != doc_ids:
+        if record.config_digest != config_digest or doc_ids not in (None, record.planned_ids):
             return None
         for stored in record.objects:
             objects.fetch(stored)

@@ -57,7 +57,7 @@ def check_name(name: Any, place: str) -> None:
         raise MalformedObjectError(f"{place}: refused object name {name!r:.200}: it must be a path inside the cache")
 
 
-def check_length(name: str, offset: int, size: int, found: int) -> None:
+def check_length(name: str, offset: int, size: int, found: int, remedy: str = REMEDY) -> None:
     """Raises SizeMismatchError unless a read of `size` bytes from `offset` on found that many."""
     if found != size:
-        raise SizeMismatchError(f"{name}: expected {size} bytes from {offset} on, found {found}; {REMEDY}")
+        raise SizeMismatchError(f"{name}: expected {size} bytes from {offset} on, found {found}; {remedy}")

@@ -2,22 +2,30 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from cache_builder.commands import SUMMARY
 from storage_specs.command_line import Parser, parse
 
 
-def parser(command: str = "build") -> Parser:
-    """The flags of `build`: the fields of `builder.BuildConfig`, which has the defaults and checks the values."""
+def parser(command: str = "build", *, without: Collection[str] = (), optional: Collection[str] = ()) -> Parser:
+    """The flags of `build`: the fields of `builder.BuildConfig`, which has the defaults and checks the values.
+
+    Other commands that score documents take them, too: `without` some, and with some `optional` that a build needs.
+    """
     flags = Parser(
         prog=f"cache-builder {command}",
         description=f"{SUMMARY[command].capitalize()}.",
         epilog="With --engine vllm every other flag is a vLLM engine argument, such as --tensor_parallel_size 2.",
         argument_default=argparse.SUPPRESS,
     )
-    add = flags.add_argument
+
+    def add(flag: str, *, required: bool = False, **options: Any) -> None:
+        name = flag.removeprefix("--")
+        if name not in without:
+            flags.add_argument(flag, required=required and name not in optional, **options)
+
     add("--teacher", required=True, metavar="MODEL", help="hub name or local Hugging Face folder")
     add(
         "--corpus",

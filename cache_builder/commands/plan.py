@@ -10,8 +10,7 @@ from storage_specs.errors import ConfigError
 
 def parser() -> Parser:
     """The flags of `build`, of which --output may be left out, and where the speed is from."""
-    flags = build.parser("plan")
-    next(action for action in flags._actions if action.dest == "output").required = False
+    flags = build.parser("plan", optional=["output"])
     flags.add_argument(
         "--tokens_per_second", type=float, metavar="X", help="speed of one replica, as `build` printed it"
     )
