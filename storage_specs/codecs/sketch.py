@@ -98,7 +98,7 @@ class SketchCodec:
             mass_B = bins_JB.sum(axis=0, dtype=np.uint16)
             empties_B = (bins_JB == 0).sum(axis=0, dtype=np.uint16)
             bins_NJ[rows] = np.maximum(bins_JB.T * unit, empty)
-            tail_N[rows] = mass_B * unit + empties_B * empty
+            tail_N[rows] = mass_B / self.steps + empties_B * (ALL_EMPTY / self.bins)
             head_KB = np.empty((self.k, len(mass_B)), np.uint16)
             head_KB[1:] = sketch_NC[rows, self.bins :].T
             sum_onward(head_KB[1:])
