@@ -23,13 +23,14 @@ from cache_builder.rows import Cutter
 from cache_builder.sampling import Sampling
 from cache_builder.shard_worker import Recipe, ShardWorker, make_prompt
 from cache_builder.teacher import Teacher, find_teacher
+from storage_specs.codecs import PROFILES
 from storage_specs.document import KINDS, TOOL_ROLES, Document
 from storage_specs.errors import ConfigError
 from storage_specs.lease import lease
 from storage_specs.manifest import Manifest
 from storage_specs.merging import Source
 from storage_specs.plan import Plan, make_plan
-from storage_specs.settings import CacheSettings
+from storage_specs.settings import DEFAULT_PROFILE, CacheSettings
 from storage_specs.token_alphabet import backend_of
 from storage_specs.vocabulary import Vocabulary, special_roles, token_bytes
 
@@ -66,6 +67,7 @@ class BuildConfig:
     max_model_len: int | None = None
     window_overlap: int | None = None
     store: str = "zarr"
+    profile: str = DEFAULT_PROFILE
     documents_per_shard: int = 256
     kind: str = "auto"
     split: str = "train"
@@ -105,6 +107,8 @@ class BuildConfig:
             raise ConfigError(f"k_ids is {self.k_ids}, but must be from 0 to k, which is {self.k}")
         if self.store not in STORES:
             raise ConfigError(f"store is {self.store!r}, but must be {' or '.join(STORES)}")
+        if self.profile not in PROFILES:
+            raise ConfigError(f"profile is {self.profile!r}, but must be {' or '.join(PROFILES)}")
         if self.shard_range and not 0 <= self.shard_range[0] < (self.shard_range[1] or math.inf):
             raise ConfigError(f"shard_range is {self.shard_range}, but must be A:B with 0 <= A < B")
         if self.mode not in MODES:
@@ -355,6 +359,7 @@ def _settings(
         k_ids=config.ids_kept,
         vocab_size=teacher.vocab_size,
         store=config.store,
+        profile=config.profile,
         windows={
             "max_model_len": engine.config.max_model_len,
             "overlap": cutter.overlap if sampling is None else 0,
