@@ -81,7 +81,7 @@ def _diagnosis(
 def settings_of(config: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
     """Fields of `BuildConfig` by the settings of a cache, overridden by those that were given."""
     template, generation = config["chat_template"] or {}, config["generation"]
-    own = {name: config[name] for name in ("k", "k_ids", "store")}
+    own = {name: config[name] for name in ("k", "k_ids", "store", "profile")} | {"no_text": not config["text"]}
     own |= {
         "engine": config["engine"]["name"],
         "dtype": config["teacher"]["dtype"],

@@ -17,8 +17,10 @@ class CachedDocuments(Dataset[CachedDocument]):
     `ids`. Raises what `open_cache` raises.
     """
 
-    def __init__(self, cache: Cache | str | Path, held_out: bool = False, ids: bool = False) -> None:
-        self.cache = cache if isinstance(cache, Cache) else open_cache(cache, ids=ids)
+    def __init__(
+        self, cache: Cache | str | Path, held_out: bool = False, ids: bool = False, corpus: str | None = None
+    ) -> None:
+        self.cache = cache if isinstance(cache, Cache) else open_cache(cache, ids=ids, corpus=corpus)
         shard_of = np.repeat(np.arange(len(self.cache.documents_per_shard)), self.cache.documents_per_shard)
         self.numbers = np.flatnonzero((self.cache.rows_D > 0) & (self.cache.held_out_D == held_out))
         self.documents_per_shard: list[int] = np.bincount(

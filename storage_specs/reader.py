@@ -3,8 +3,9 @@
 import operator
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
@@ -12,12 +13,13 @@ import numpy as np
 
 from storage_specs import shard_table, vocabulary_table
 from storage_specs.columns import Columns
-from storage_specs.document import CachedDocument
-from storage_specs.errors import MalformedObjectError
+from storage_specs.document import CachedDocument, Document
+from storage_specs.errors import CorpusError, MalformedObjectError
 from storage_specs.manifest import Manifest, read_manifest
 from storage_specs.objects import Objects, open_objects
 from storage_specs.shard_reading import WRITTEN_WRONGLY, ShardReader
 from storage_specs.shard_table import ShardTable
+from storage_specs.textless import CorpusTexts, restored
 
 if TYPE_CHECKING:
     from storage_specs.vocabulary import Vocabulary
@@ -26,8 +28,15 @@ DECODED_SHARDS_KEPT = 4  # per open cache; a row costs 4 bytes per value and 8 p
 RECORDS_KEPT = 64  # of shards whose documents are read one by one
 
 
-def open_cache(path: str | os.PathLike[str], ids: bool = True) -> "Cache":
+def open_cache(
+    path: str | os.PathLike[str],
+    ids: bool = True,
+    corpus: "str | os.PathLike[str] | Sequence[Document] | None" = None,
+) -> "Cache":
     """A finished cache, at a folder or URL. With `ids=False` the ids' objects are never opened and `token_ids` is None.
+
+    corpus: what gives the texts of a cache that keeps none (`textless.CorpusTexts`); it is read once, here, and
+    CorpusError raised where it lacks documents. Without it only the rows of such a cache can be looked at, by `reader`.
 
     Reads and verifies manifest.json and shards.parquet; shards are read when they are asked for. Raises NotACacheError,
     IncompleteCacheError, SpecVersionError, the kinds of CorruptCacheError, and ConfigError for URLs of no known store.
@@ -47,7 +56,7 @@ def open_cache(path: str | os.PathLike[str], ids: bool = True) -> "Cache":
                 f"{shard_table.NAME}: {found} {name}, but the manifest counts {manifest.counts[name]}; "
                 f"{WRITTEN_WRONGLY}"
             )
-    return Cache(objects, manifest, table, ids)
+    return Cache(objects, manifest, table, ids, corpus)
 
 
 class Cache:
@@ -58,7 +67,14 @@ class Cache:
     shards are kept (`DECODED_SHARDS_KEPT`). Threads may share it; a copy in another process (fork or pickle) works.
     """
 
-    def __init__(self, objects: Objects, manifest: Manifest, table: ShardTable, ids: bool) -> None:
+    def __init__(
+        self,
+        objects: Objects,
+        manifest: Manifest,
+        table: ShardTable,
+        ids: bool,
+        corpus: "str | os.PathLike[str] | Sequence[Document] | None" = None,
+    ) -> None:
         self.path, self.manifest = objects.root, manifest
         self.rows_D, self.text_bytes_D, self.held_out_D = table.rows, table.text_bytes, table.held_out
         self.documents_per_shard = table.documents_per_shard
@@ -69,6 +85,8 @@ class Cache:
         # No lock that a fork could leave taken: two threads at most read a shard twice.
         self._held: OrderedDict[int, Columns] = OrderedDict()
         self._record = lru_cache(RECORDS_KEPT)(self.reader.record)
+        self._corpus = None if manifest.text else corpus
+        self._texts = None if self._corpus is None else CorpusTexts(self._corpus, self.doc_ids)
 
     def __len__(self) -> int:
         return len(self.rows_D)
@@ -82,7 +100,7 @@ class Cache:
         shard = self._shard_of(number)
         if shard in self._held:
             return self.streamed(number)
-        return self.reader.document(shard, self._record(shard), number).document(0)
+        return self._with_texts(self.reader.document(shard, self._record(shard), number), number).document(0)
 
     def streamed(self, number: int) -> CachedDocument:
         """One document, by way of its whole shard, which is kept. Raises IndexError, CorruptCacheError's kinds."""
@@ -98,7 +116,7 @@ class Cache:
         return f"<Cache {self.path}: {len(self)} documents, {self.manifest.counts['rows']} rows, k {self.manifest.k}>"
 
     def __reduce__(self) -> tuple:
-        return open_cache, (self.path, self.with_ids)
+        return open_cache, (self.path, self.with_ids, self._corpus)
 
     def shard(self, shard: int) -> list[CachedDocument]:
         """All documents of one shard."""
@@ -111,7 +129,8 @@ class Cache:
             raise IndexError(f"shard {shard} of a cache of {len(self.documents_per_shard)}")
         columns = self._held.get(shard)
         if columns is None:
-            columns = self._held[shard] = self.reader.columns(shard)
+            columns = self._with_texts(self.reader.columns(shard), int(self.table.first_document[shard]))
+            self._held[shard] = columns
         with suppress(KeyError):  # another thread may have let go of it
             self._held.move_to_end(shard)
             while len(self._held) > DECODED_SHARDS_KEPT:
@@ -133,6 +152,21 @@ class Cache:
             return vocabulary_table.vocabulary_from_bytes(data, self.manifest.vocab_size)
         except ValueError as error:
             raise MalformedObjectError(f"{self.manifest.vocabulary.name}: {error}; {WRITTEN_WRONGLY}") from None
+
+    def _with_texts(self, columns: Columns, first: int) -> Columns:
+        """The columns of documents from number `first` on, with the texts that the cache does not keep."""
+        if self.manifest.text:
+            return columns
+        if self._texts is None:
+            raise CorpusError(
+                f"{self.path} keeps no texts (it was built with --no_text): give the corpus that it was built from, by "
+                "--corpus, or open_cache(..., corpus=...)"
+            )
+        documents = tuple(
+            restored(document, self._texts[self.doc_ids[first + number]])
+            for number, document in enumerate(columns.documents)
+        )
+        return replace(columns, documents=documents)
 
     def _checked(self, number: int) -> int:
         number = operator.index(number)
