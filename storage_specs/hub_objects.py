@@ -107,8 +107,8 @@ class HubObjects(Objects):
     def delete(self, name: str) -> NoReturn:
         self._refuse()
 
-    def sweep(self) -> None:
-        """Nothing is ever written here."""
+    def sweep(self) -> NoReturn:
+        self._refuse()
 
     @cached_property
     def _commit(self) -> str:

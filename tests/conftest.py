@@ -1,27 +1,16 @@
 """Real models and text for every test that asks, made once under TEACH_ONCE_HOME (scripts/demo_assets.py)."""
 
 import json
-import logging
 import sys
-import urllib.request
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-from faulty_proxy import FaultyProxy
+from object_stores import S3, moto_server, new_bucket
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import demo_assets
-
-
-class S3(NamedTuple):
-    """A bucket's URL, and the proxy between it and the code under test."""
-
-    url: str
-    proxy: FaultyProxy
 
 
 @pytest.fixture(scope="session")
@@ -53,30 +42,14 @@ def wiki_texts() -> list[str]:
 @pytest.fixture(scope="session")
 def moto_address() -> Iterator[tuple[str, int]]:
     """Host and port of a real S3 server on loopback, moto's."""
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield server.get_host_and_port()
-    server.stop()
+    with moto_server() as address:
+        yield address
 
 
 @pytest.fixture
 def s3(moto_address: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     """An empty bucket behind a proxy that can break answers; the environment points there."""
-    proxy = FaultyProxy(moto_address)
-    bucket = f"bucket-{uuid.uuid4().hex}"
-    for name, value in {
-        "AWS_ENDPOINT_URL": proxy.url,
-        "AWS_ALLOW_HTTP": "true",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    with urllib.request.urlopen(urllib.request.Request(f"{proxy.url}/{bucket}", method="PUT")) as answer:
-        assert answer.status == 200
-    proxy.requests.clear()
-    yield S3(f"s3://{bucket}", proxy)
-    proxy.stop()
+    with new_bucket(moto_address) as bucket:
+        for name, value in bucket.environment.items():
+            monkeypatch.setenv(name, value)
+        yield bucket

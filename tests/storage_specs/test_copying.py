@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import S3
+from object_stores import S3
 from small_caches import STORES, begun, files_of, some_documents, some_settings, write_cache
 
 from storage_specs import open_cache, verify_cache

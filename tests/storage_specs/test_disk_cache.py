@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import S3
+from object_stores import S3
 from small_caches import STORES, assert_stored, some_documents, some_settings, write_cache
 
 from storage_specs import open_cache

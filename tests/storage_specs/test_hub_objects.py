@@ -9,7 +9,10 @@ import huggingface_hub.constants
 import pytest
 from faulty_proxy import FaultyProxy
 from hub_server import COMMIT, HubServer
+from small_caches import STORES, assert_stored, files_of, some_documents, some_settings, write_cache
 
+from storage_specs import open_cache, verify_cache
+from storage_specs.copying import copy_cache
 from storage_specs.errors import (
     ChecksumMismatchError,
     ConfigError,
@@ -71,6 +74,22 @@ def test_all_objects_come_from_one_commit(hub: FaultyProxy) -> None:
     assert hub.count("GET", "resolve/main/") == 0
 
 
+@pytest.mark.parametrize("store", STORES)
+def test_a_cache_on_the_hub_is_a_cache(hub: FaultyProxy, tmp_path: Path, store: str) -> None:
+    documents = some_documents(4)
+    write_cache(tmp_path / "caches" / "small", documents, some_settings(store), documents_per_shard=2)
+    url = "hf://datasets/user/caches@main/caches/small"
+    cache = open_cache(url, cache_dir=tmp_path / "disk")
+    for written, read in zip(documents, cache, strict=True):
+        assert_stored(written, read)
+    assert cache.path == url
+    assert verify_cache(url).ok
+    assert copy_cache(url, tmp_path / "pulled").manifest == cache.manifest
+    assert files_of(tmp_path / "pulled") == files_of(tmp_path / "caches" / "small")
+    one = open_cache(url)[3]
+    assert_stored(documents[3], one)
+
+
 @pytest.mark.parametrize("fault", [503, "truncate", "garble"])
 def test_a_fault_that_passes_is_not_seen(hub: FaultyProxy, fault: str | int) -> None:
     objects = open_objects(URL)
@@ -92,7 +111,12 @@ def test_refusals_are_one_line(hub: FaultyProxy, monkeypatch: pytest.MonkeyPatch
             open_objects(url).size("a")
     with pytest.raises(ConfigError, match="expected hf://datasets/USER/REPO"):
         open_objects("hf://x").size("a")
-    for write in (lambda: objects.create("x", b""), lambda: objects.write_all({}), lambda: objects.delete("a")):
+    for write in (
+        lambda: objects.create("x", b""),
+        lambda: objects.write_all({}),
+        lambda: objects.delete("a"),
+        lambda: write_cache("hf://datasets/user/caches/new", some_documents(3), some_settings()),
+    ):
         with pytest.raises(StoreUnsupportedError, match="read only"):
             write()
     with monkeypatch.context() as patch:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import S3
+from object_stores import S3
 
 from storage_specs import remote_objects
 from storage_specs.errors import (
