@@ -9,6 +9,7 @@ know: whether a creation that lost its answer was ours, and whether a body is al
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -22,7 +23,7 @@ from storage_specs.errors import (
     StoreUnsupportedError,
 )
 from storage_specs.objects import Objects
-from storage_specs.store_errors import beyond_the_end, misconfigured, refusal_of, said
+from storage_specs.store_errors import beyond_the_end, misconfigured, no_bucket, refusal_of, said
 from storage_specs.stored_object import REMEDY, StoredObject, check_length
 
 Answer = TypeVar("Answer")
@@ -120,7 +121,8 @@ class RemoteObjects(Objects):
     def delete(self, name: str) -> None:
         import obstore
 
-        self._ask(name, lambda: obstore.delete(self._client, name), PAUSES)
+        with suppress(FileNotFoundError):  # S3 does not say so, others do
+            self._ask(name, lambda: obstore.delete(self._client, name), PAUSES)
 
     def sweep(self) -> None:
         """Nothing is ever half written here; parts of killed uploads are for the bucket's own lifecycle rules."""
@@ -183,11 +185,7 @@ class RemoteObjects(Objects):
         import obstore
 
         large = len(data) > PIECE_BYTES
-        self._ask(
-            name,
-            lambda: obstore.put(self._client, name, data, use_multipart=large, chunk_size=PIECE_BYTES),
-            PAUSES,
-        )
+        self._written(name, lambda: obstore.put(self._client, name, data, use_multipart=large, chunk_size=PIECE_BYTES))
 
     def _created(self, name: str, data: bytes) -> bool:
         """Whether the store says that it created the object; of a repeated creation it may say that it was there."""
@@ -203,7 +201,13 @@ class RemoteObjects(Objects):
                 return False
             return True
 
-        return self._ask(name, put, PAUSES)
+        return self._written(name, put)
+
+    def _written(self, name: str, put: Callable[[], Answer]) -> Answer:
+        try:
+            return self._ask(name, put, PAUSES)
+        except FileNotFoundError as error:  # not of the object
+            raise no_bucket(error, f"{self.place}/{name}") from error
 
     def _ask(self, name: str, operation: Callable[[], Answer], pauses: Sequence[float] = ()) -> Answer:
         """What the store answers, asked again after each of `pauses`. Raises our errors, and FileNotFoundError."""

@@ -27,7 +27,7 @@ def said(error: BaseException) -> str:
 
 def beyond_the_end(error: BaseException) -> bool:
     """Whether a range was asked for that starts behind the object's last byte."""
-    return "status code: 416" in str(error)
+    return any(words in str(error) for words in ("status code: 416", "Wanted range starting at"))  # S3 and GCS; Azure
 
 
 def refusal_of(error: BaseException, place: str) -> TeachOnceError | None:
@@ -41,14 +41,16 @@ def refusal_of(error: BaseException, place: str) -> TeachOnceError | None:
             f"{place}: the store, as it is configured, cannot create an object only if there is none of that name "
             f"({said(error)}), so two builders could ruin each other's cache; use a store with conditional writes"
         )
-    if any(sign in text for sign in _NO_BUCKET):
-        return StoreAccessError(f"{place}: there is no such bucket ({said(error)}); create it, or correct the URL")
     if any(address in text for address in _ROLE_ADDRESSES):
         return StoreAccessError(
             f"{place}: no credentials in the environment, and none from the machine's role ({said(error)}); set "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (s3), GOOGLE_SERVICE_ACCOUNT (gs) or "
             "AZURE_STORAGE_ACCOUNT_KEY (az), or for public buckets AWS_SKIP_SIGNATURE=true and the like"
         )
+    if any(sign in text for sign in _NO_BUCKET) or (
+        status and status[1] == "404" and not isinstance(error, FileNotFoundError)
+    ):
+        return no_bucket(error, place)
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or (status and status[1] in ("401", "403")):
         return StoreAccessError(
             f"{place}: access denied ({said(error)}); check the credentials in the environment, and that they may "
@@ -59,6 +61,11 @@ def refusal_of(error: BaseException, place: str) -> TeachOnceError | None:
     ):
         return misconfigured(error, place)
     return None
+
+
+def no_bucket(error: BaseException, place: str) -> StoreAccessError:
+    """Our error for a bucket that is not there."""
+    return StoreAccessError(f"{place}: there is no such bucket ({said(error)}); create it, or correct the URL")
 
 
 def misconfigured(error: BaseException, place: str) -> StoreAccessError:

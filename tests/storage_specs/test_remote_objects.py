@@ -1,4 +1,4 @@
-"""Object stores: what a real S3 server on loopback (moto) gives, through a proxy that breaks answers on purpose.
+"""Object stores: S3 (moto) and a small Google server on loopback, through a proxy that breaks answers on purpose.
 
 obstore repeats by itself what fails; what is tested is that right bytes or a typed error come out, never half of it.
 """
@@ -6,13 +6,17 @@ obstore repeats by itself what fails; what is tested is that right bytes or a ty
 import multiprocessing
 import os
 import pickle
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
+from faulty_proxy import FaultyProxy
+from gcs_server import GcsServer, credentials
 from object_stores import S3
+from objects_contract import check_cache, check_objects
 
 from storage_specs import remote_objects
 from storage_specs.errors import (
@@ -31,7 +35,6 @@ from storage_specs.stored_object import StoredObject
 
 DATA = np.random.default_rng(0).bytes(100_000)
 ALWAYS = 10_000
-LEFT = {"plan.json": b"{}", "shards/000000.json": b"record", "shards/000000.zarr/text/c/0": b"", "shards/1": b"x"}
 
 
 @pytest.fixture(autouse=True)
@@ -45,34 +48,43 @@ def _impatience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_bucket_and_a_folder_mean_the_same(s3: S3, tmp_path: Path) -> None:
-    for objects in (LocalObjects(tmp_path / "cache"), open_objects(f"{s3.url}/some/where/")):
-        objects.write_all(LEFT)
-        assert sorted(objects.list()) == sorted((name, len(data)) for name, data in LEFT.items())
-        assert sorted(objects.list("shards/000000.")) == [("shards/000000.json", 6), ("shards/000000.zarr/text/c/0", 0)]
-        assert list(objects.list("none/")) == []
-        for name, data in LEFT.items():
-            assert (objects.size(name), objects.read(name)) == (len(data), data)
-            assert objects.fetch(StoredObject.of(name, data)) == data
-        assert objects.size("shards") is None or objects.root == tmp_path / "cache"
-        assert objects.size("none") is None
-        assert objects.read_range("shards/000000.json", 1, 3) == b"eco"
-        assert objects.read_range("shards/000000.json", 0, 0) == b""
-        for offset, size in ((3, 4), (6, 1), (7, 1), (0, 2**60)):
-            with pytest.raises(SizeMismatchError, match=r"shards/000000\.json"):
-                objects.read_range("shards/000000.json", offset, size)
-        for read in (lambda o: o.read("none"), lambda o: o.read_range("none", 0, 1), lambda o: o.read_range("x", 0, 0)):
-            with pytest.raises(MissingObjectError, match="expected an object, found none"):
-                read(objects)
-        assert objects.create("new", b"first")
-        assert objects.create("new", b"first")
-        assert not objects.create("new", b"second")
-        assert objects.read("new") == b"first"
-        objects.delete("new")
-        objects.delete("new")
-        assert objects.size("new") is None
-        objects.sweep()
+    check_objects(LocalObjects(tmp_path / "cache"))
+    objects = open_objects(f"{s3.url}/some/where/")
+    check_objects(objects)
+    assert objects.size("shards") is None
     assert open_objects(f"{s3.url}/some").read("where/plan.json") == b"{}"
     assert objects.root == objects.place == f"{s3.url}/some/where"
+
+
+@pytest.fixture
+def gcs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    server = GcsServer()
+    proxy = FaultyProxy(server.address)
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(credentials(tmp_path / "account.json", proxy.url)))
+    monkeypatch.setenv("GOOGLE_ALLOW_HTTP", "true")
+    yield proxy
+    proxy.stop()
+    server.stop()
+
+
+def test_google_means_the_same(gcs: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_objects(open_objects("gs://caches/some/where"))
+    for fault in (500, "lose", "reset", "truncate"):
+        gcs.fail(fault, method="GET", path="shards")
+    for fault in (503, "lose", "refuse"):
+        gcs.fail(fault, method="PUT", path="shards")
+    check_cache("gs://caches/small", tmp_path, "arrow")
+    assert not [fault for fault in gcs.faults if fault.times]
+    monkeypatch.setattr(remote_objects, "PIECE_BYTES", 5 << 20)
+    objects = open_objects("gs://caches/large")
+    data = np.random.default_rng(1).bytes(11 << 20)
+    objects.write_all({"big": data})
+    assert gcs.count("PUT", "big.*partNumber") == 3
+    assert objects.fetch(StoredObject.of("big", data)) == data
+    nowhere = open_objects("gs://nowhere/x")
+    for ask in (lambda: nowhere.size("a"), lambda: nowhere.read("a"), lambda: nowhere.create("a", b"")):
+        with pytest.raises(StoreAccessError, match=r"^gs://nowhere/x.*no such bucket"):
+            ask()
 
 
 def test_damage_is_told_apart(s3: S3) -> None:
