@@ -153,10 +153,8 @@ class CacheWriter:
         if self.objects.create(plan_json.NAME, ours):
             return
         theirs = self.objects.read(plan_json.NAME)
-        if theirs != ours:
-            plan, config = plan_from_bytes(theirs, f"{place}/{plan_json.NAME}")
-            differing = differences(plan, config, self.plan, self.settings.config)
-            raise CacheMismatchError(
-                f"{place} holds a cache of another build: {differing}; "
-                "use the same settings to resume it, or choose another output folder"
-            )
+        plan, config = plan_from_bytes(theirs, f"{place}/{plan_json.NAME}")
+        raise CacheMismatchError(
+            f"{place} holds a cache of another build: {differences(plan, config, self.plan, self.settings.config)}; "
+            "use the same settings to resume it, or choose another output folder"
+        )

@@ -7,5 +7,6 @@ SUMMARY = {
     "build": "score a corpus with a teacher and write the cache; the same command resumes",
     "finalize": "write the manifest of a cache whose shards are all there",
     "verify": "check every stored byte of a cache",
+    "push": "copy a finished cache to another folder or object store, or from there",
     "inspect": "say what is in a cache, and what its columns cost",
 }
