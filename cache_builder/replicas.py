@@ -83,15 +83,28 @@ class ReplicaPool:
                 process.join()
 
 
+class _Jobs:
+    """What has come through the pipe. It ends where nothing has come yet, and may go on later."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe = pipe
+
+    def __iter__(self) -> "_Jobs":
+        return self
+
+    def __next__(self) -> Job:
+        if not self.pipe.poll():
+            raise StopIteration
+        return self.pipe.recv()
+
+
 def _replica(pipe: Connection, recipe: Recipe) -> None:
     """A replica's whole life. Errors travel as exceptions; a lost parent or Ctrl-C end it quietly."""
-
-    def jobs() -> Iterator[Job]:
-        while True:
-            yield pipe.recv()
-
     try:
-        ShardWorker(recipe).run(jobs(), lambda shard, work: pipe.send((shard, work)), Progress(0, 0, 0))
+        worker = ShardWorker(recipe)
+        while True:
+            pipe.poll(None)
+            worker.run(_Jobs(pipe), lambda shard, work: pipe.send((shard, work)), Progress(0, 0, 0))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
     except TeachOnceError as error:

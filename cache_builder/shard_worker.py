@@ -3,16 +3,17 @@
 A build in one process, its replicas and the actors of a Ray cluster all run this.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from cache_builder.completions import completed
 from cache_builder.engines import make_engine
 from cache_builder.engines.base import Engine, EngineConfig
-from cache_builder.engines.generating import Prompt, make_generator
+from cache_builder.engines.generating import Generator, Prompt, make_generator
 from cache_builder.progress import Progress, Work
 from cache_builder.prompts import prompt_ids, prompt_text, turns_of
 from cache_builder.rows import Cutter, cached_document
@@ -47,6 +48,43 @@ class Recipe:
         return CacheWriter(self.output, self.settings, self.plan)
 
 
+@dataclass(kw_only=True)
+class OpenShard:
+    """A shard whose windows or prompts are with the engine, and what has come back of it."""
+
+    shard: int
+    documents: Sequence[Document]
+    requests: list[Any]
+    finish: Callable[["OpenShard"], list[CachedDocument]]
+    results: list[Any] = field(default_factory=list)
+    work: Work = field(default_factory=Work)
+
+
+class Feed:
+    """The requests of one shard after the other, made when the engine asks for them.
+
+    Where `jobs` has nothing for the moment, so has this; asked again later it may go on, like the jobs themselves.
+    """
+
+    def __init__(self, jobs: Iterator[Job], open_shard: Callable[[Job], OpenShard]) -> None:
+        self.jobs, self.open_shard = jobs, open_shard
+        self.opened: deque[OpenShard] = deque()
+        self.asked: deque[Any] = deque()  # requests whose results have not come yet
+        self.requests: Iterator[Any] = iter(())
+
+    def __iter__(self) -> "Feed":
+        return self
+
+    def __next__(self) -> Any:
+        while True:
+            for request in self.requests:
+                self.asked.append(request)
+                return request
+            opened = self.open_shard(next(self.jobs))
+            self.opened.append(opened)
+            self.requests = iter(opened.requests)
+
+
 class ShardWorker:
     """Its teacher is loaded with the first shard. `engine`, `writer`: those that the process already has."""
 
@@ -54,59 +92,84 @@ class ShardWorker:
         self.recipe = recipe
         self.engine = engine or make_engine(recipe.engine, recipe.engine_config)
         self.writer = writer or recipe.writer()
-        self.words: list[bytes | None] | None = None
 
     def run(self, jobs: Iterable[Job], done: Callable[[int, Work], None], progress: Progress) -> None:
         """Score and write every job; `done(shard, work)` after each, once its record stands.
 
-        Raises EngineError, TokenizerError, ChatTemplateError, StorageFullError, OutputFolderError.
+        Requests of later shards are with the engine before the first is finished, so that it never runs dry. Raises
+        EngineError, TokenizerError, ChatTemplateError, StorageFullError, OutputFolderError.
         """
-        for shard, documents in jobs:
-            work = Work()
-            do = self.score if self.recipe.sampling is None else self.generate
-            self.writer.write_shard(shard, do(shard, documents, work, progress))
-            done(shard, work)
+        generates = self.recipe.sampling is not None
+        feed = Feed(iter(jobs), self._open_prompts if generates else self._open_windows)
+        results = self.generator.generate(feed) if generates else self.engine.score(feed)
+        waiting: deque[Any] = deque()
 
-    def score(self, shard: int, documents: Sequence[Document], work: Work, progress: Progress) -> list[CachedDocument]:
-        """One shard's documents with their rows. `work` and `progress` are told of every window."""
-        windows = [self.recipe.cutter.windows(document) for document in documents]
-        scores = iter(self.engine.score([window for cut in windows for window in cut]))
-        cached = []
-        for document, cut in zip(documents, windows, strict=True):
-            work.windows_cut += max(0, len(cut) - 1)
-            of_document = []
-            for window in cut:
-                of_document.append(next(scores))
-                work.tokens += len(window.ids)
-                progress.tokens(len(window.ids))
-            progress.document_done(document)
-            cached.append(
-                cached_document(document, cut, of_document, self.engine.config.k, self.recipe.settings.k_ids)
-            )
-        return cached
+        def write_finished() -> None:
+            while feed.opened and len(waiting) >= len(feed.opened[0].requests):
+                opened = feed.opened.popleft()
+                opened.results = [waiting.popleft() for _ in opened.requests]
+                cached = opened.finish(opened)
+                for document in opened.documents:
+                    progress.document_done(document)
+                self.writer.write_shard(opened.shard, cached)
+                done(opened.shard, opened.work)
 
-    def generate(
-        self, shard: int, documents: Sequence[Document], work: Work, progress: Progress
-    ) -> list[CachedDocument]:
-        """One shard's prompts with the teacher's completions and their rows."""
-        sampling, settings = self.recipe.sampling, self.recipe.settings
-        if self.words is None:
-            self.words = token_bytes(self.recipe.cutter.tokenizer)
-            self.words += [None] * (settings.vocab_size - len(self.words))
-        generator = make_generator(self.engine, sampling, self.words)
+        for result in results:
+            waiting.append(result)
+            progress.tokens(len(feed.asked.popleft().ids))
+            write_finished()
+        write_finished()  # shards without any request
+
+    def _open_windows(self, job: Job) -> OpenShard:
+        shard, documents = job
+        cut = [self.recipe.cutter.windows(document) for document in documents]
+
+        def finish(opened: OpenShard) -> list[CachedDocument]:
+            scores = iter(opened.results)
+            return [
+                cached_document(
+                    document,
+                    windows,
+                    [next(scores) for _ in windows],
+                    self.engine.config.k,
+                    self.recipe.settings.k_ids,
+                )
+                for document, windows in zip(documents, cut, strict=True)
+            ]
+
+        work = Work(
+            tokens=sum(len(window.ids) for windows in cut for window in windows),
+            windows_cut=sum(max(0, len(windows) - 1) for windows in cut),
+        )
+        requests = [window for windows in cut for window in windows]
+        return OpenShard(shard=shard, documents=documents, requests=requests, finish=finish, work=work)
+
+    def _open_prompts(self, job: Job) -> OpenShard:
+        shard, documents = job
         samples = [self.samples[number] for number in self.recipe.plan.shards[shard]]
         prompts = [self.prompt(document, sample) for document, sample in zip(documents, samples, strict=True)]
-        finished = []
-        for document, sample, prompt, generation in zip(
-            documents, samples, prompts, generator.generate(prompts), strict=True
-        ):
-            tokens = len(prompt.ids) + len(generation.scores.gold_logprob)
-            work.tokens += tokens
-            progress.tokens(tokens)
-            progress.document_done(document)
-            finished.append(completed(document, generation, self.words, sample, settings.k_ids))
-        work.refused += generation_record(finished)["refused"]
-        return finished
+
+        def finish(opened: OpenShard) -> list[CachedDocument]:
+            finished = [
+                completed(document, generation, self.words, sample, self.recipe.settings.k_ids)
+                for document, generation, sample in zip(documents, opened.results, samples, strict=True)
+            ]
+            opened.work.tokens += sum(len(generation.scores.gold_logprob) for generation in opened.results)
+            opened.work.refused = generation_record(finished)["refused"]
+            return finished
+
+        work = Work(tokens=sum(len(prompt.ids) for prompt in prompts))
+        return OpenShard(shard=shard, documents=documents, requests=prompts, finish=finish, work=work)
+
+    @cached_property
+    def words(self) -> list[bytes | None]:
+        """The bytes of every id of the teacher's logits."""
+        known = token_bytes(self.recipe.cutter.tokenizer)
+        return known + [None] * (self.recipe.settings.vocab_size - len(known))
+
+    @cached_property
+    def generator(self) -> Generator:
+        return make_generator(self.engine, self.recipe.sampling, self.words)
 
     def prompt(self, document: Document, sample: int) -> Prompt:
         """What an engine is asked for. Raises ConfigError where nothing can follow so long a prompt."""

@@ -3,7 +3,7 @@
 Legend: R rows of one window, K top-k ranks, L tokens of one window.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -64,8 +64,9 @@ class Engine(Protocol):
     def describe(self) -> dict[str, Any]:
         """What the manifest says of the engine: name, version, dtype, attention backend, and what alters its values."""
 
-    def score(self, windows: Sequence[Window]) -> Iterator[WindowScores]:
-        """One WindowScores per window, in order. Uses `ids`, `logits_index` and `target_ids` only. EngineError."""
+    def score(self, windows: Iterable[Window]) -> Iterator[WindowScores]:
+        """One WindowScores per window, in order. Uses `ids`, `logits_index` and `target_ids` only; may take windows some
+        way ahead of what it gives. EngineError."""
 
 
 def window_scores(gold_R: np.ndarray, logprobs_RK: np.ndarray, token_ids_RK: np.ndarray) -> WindowScores:

@@ -68,12 +68,13 @@ def make_generator(engine: Engine, sampling: Sampling, words: list[bytes | None]
 
 
 class StopStrings:
-    """Looks for stop strings in the bytes of one completion as they come."""
+    """Looks for stop strings in the bytes of one completion as they come. tokens: how many were looked at."""
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self.stop = [(text, text.encode()) for text in stop]
         self.longest = max((len(data) for _, data in self.stop), default=0)
         self.data = b""
+        self.tokens = 0
 
     def found(self, piece: bytes) -> str | None:
         """The stop string that `piece` completes, the first of them in the text, or None."""

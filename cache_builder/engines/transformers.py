@@ -7,7 +7,7 @@ Legend: R rows of one window, B rows of one block, V vocabulary, G groups of E w
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class TransformersEngine:
             "attention_backend": skeleton.config._attn_implementation,
         }
 
-    def score(self, windows: Sequence[Window]) -> Iterator[WindowScores]:
+    def score(self, windows: Iterable[Window]) -> Iterator[WindowScores]:
         for window in windows:
             check_window(window, self.config)
             yield self._score(window)

@@ -8,7 +8,7 @@ Legend: R rows of one window, K top-k ranks, L tokens of one window.
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -87,15 +87,15 @@ class VllmEngine:
             "arguments": {name: value if isinstance(value, bool) else str(value) for name, value in values.items()},
         }
 
-    def score(self, windows: Sequence[Window]) -> Iterator[WindowScores]:
+    def score(self, windows: Iterable[Window]) -> Iterator[WindowScores]:
         from vllm import SamplingParams
 
-        for window in windows:
-            check_window(window, self.config)
         parameters = SamplingParams(
             max_tokens=1, temperature=0, prompt_logprobs=self.config.k, flat_logprobs=True, detokenize=False
         )
         for batch in _batches(windows):
+            for window in batch:
+                check_window(window, self.config)
             prompts = [{"prompt_token_ids": window.ids.tolist()} for window in batch]
             try:
                 outputs = self._load().generate(prompts, parameters, use_tqdm=False)
@@ -127,7 +127,7 @@ class VllmEngine:
         return self._llm
 
 
-def _batches(windows: Sequence[Window]) -> Iterator[list[Window]]:
+def _batches(windows: Iterable[Window]) -> Iterator[list[Window]]:
     """Runs of windows of at most TOKENS_IN_FLIGHT tokens together, at least one window each."""
     batch: list[Window] = []
     tokens = 0
