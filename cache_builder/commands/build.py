@@ -3,7 +3,6 @@
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from cache_builder.commands import SUMMARY
@@ -26,7 +25,7 @@ def parser(command: str = "build") -> Parser:
         metavar="PATH",
         help=".jsonl, .json (.gz), .parquet, .txt, .md, a folder, or `datasets`",
     )
-    add("--output", required=True, type=Path, metavar="DIR", help="the cache's folder")
+    add("--output", required=True, metavar="PLACE", help="the cache's folder, or s3://, gs://, az:// and where")
     add("--k", type=int, metavar="N", help="sorted probabilities kept per row (64)")
     add("--k_ids", type=int, metavar="N", help="ranks whose token ids are kept too (16; 0 = none)")
     add("--engine", metavar="NAME", help="transformers | vllm | auto = vllm where it and a GPU are there (auto)")
