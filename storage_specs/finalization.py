@@ -1,12 +1,12 @@
 """Finishing a cache: the shard table, then the manifest, which makes the folder a cache."""
 
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
 
-from storage_specs import half, plan, shard_table, vocabulary_table
 from storage_specs import manifest as manifest_json
+from storage_specs import plan, shard_table, vocabulary_table
+from storage_specs.columns import RowShape
 from storage_specs.document import HELD_OUT_RULE, is_held_out
 from storage_specs.errors import (
     CacheMismatchError,
@@ -15,10 +15,12 @@ from storage_specs.errors import (
     MissingObjectError,
     NotACacheError,
 )
+from storage_specs.l1_errors import L1Errors
 from storage_specs.manifest import Manifest
-from storage_specs.objects import LocalObjects, StoredObject
+from storage_specs.objects import Objects, open_objects
 from storage_specs.sealed_json import digest_of
 from storage_specs.shard_record import ShardRecord, verified_record
+from storage_specs.stored_object import StoredObject
 
 _RESUME = "run the same `cache-builder build` command again"
 
@@ -28,55 +30,58 @@ def finalize_cache(path: str | os.PathLike[str]) -> Manifest:
 
     Every object is read and verified. Raises NotACacheError, IncompleteCacheError, CorruptCacheError's kinds.
     """
-    objects = LocalObjects(path)
+    objects = open_objects(path)
     finished = finished_manifest(objects)
     if finished is not None:
         return finished
     if objects.size(plan.NAME) is None:
-        raise NotACacheError(f"{objects.root}: no cache here, and none begun: expected {plan.NAME}")
+        raise NotACacheError(f"{objects.place}: no cache here, and none begun: expected {plan.NAME}")
     planned, config = plan.plan_from_bytes(objects.read(plan.NAME))
     shards = range(len(planned.shards))
     records = [verified_record(objects, shard, digest_of(config), planned.doc_ids_of(shard)) for shard in shards]
     return commit(objects, config, planned, records)
 
 
-def finished_manifest(objects: LocalObjects) -> Manifest | None:
+def finished_manifest(objects: Objects) -> Manifest | None:
     """The manifest, if there is one; what it names is looked at by size. Raises CorruptCacheError's kinds."""
     if objects.size(manifest_json.NAME) is None:
         return None
     manifest = manifest_json.read_manifest(objects)
-    for stored in filter(None, (manifest.plan, manifest.shards, manifest.vocabulary)):
+    for stored in manifest.objects:
         objects.check_size(stored)
     return manifest
 
 
 def commit(
-    objects: LocalObjects, config: dict[str, Any], planned: plan.Plan, records: Sequence[ShardRecord | None]
+    objects: Objects, config: dict[str, Any], planned: plan.Plan, records: Sequence[ShardRecord | None]
 ) -> Manifest:
-    """Write shards.parquet and manifest.json of verified records, one per shard of the plan, None where one is missing.
+    """Write shards.parquet, documents.parquet and manifest.json of verified records, one per shard of the plan.
 
-    Raises IncompleteCacheError, CacheMismatchError (another builder wrote another manifest), StorageFullError.
+    None stands for a record that is missing. Raises IncompleteCacheError, CacheMismatchError (another builder wrote
+    another manifest), StorageFullError.
     """
     missing = [shard for shard, record in enumerate(records) if record is None]
     if missing:
         raise IncompleteCacheError(
-            f"{objects.root}: {len(missing)} of {len(records)} shards are missing or damaged (the first is number "
+            f"{objects.place}: {len(missing)} of {len(records)} shards are missing or damaged (the first is number "
             f"{missing[0]}); {_RESUME}"
         )
     vocabulary = _vocabulary(objects, config)
-    table = shard_table.table_to_object(records)
-    objects.write_all({shard_table.NAME: table})
+    table, doc_ids = shard_table.table_to_object(records), shard_table.doc_ids_to_object(records)
+    objects.write_all({shard_table.NAME: table, shard_table.DOCUMENTS_NAME: doc_ids})
+    shape = row_shape_of(config)
     data = manifest_json.manifest_to_bytes(
         {
             **{name: config[name] for name in ("teacher", "tokenizer", "chat_template", "engine", "windows")},
             **{name: config[name] for name in ("k", "k_ids", "vocab_size", "store")},
             "corpus": {"digest": planned.corpus_digest, "documents": len(planned.doc_ids)},
-            "codec": codec_of(records),
+            "codec": codec_facts(shape, records),
             "held_out": {"rule": HELD_OUT_RULE, "documents": sum(map(is_held_out, planned.doc_ids))},
-            "rank_edges": None,
+            "rank_edges": shape.rank_edges and list(shape.rank_edges),
             "counts": counts_of(records),
             "plan": StoredObject.of(plan.NAME, objects.read(plan.NAME)).to_json(),
             "shards": StoredObject.of(shard_table.NAME, table).to_json(),
+            "documents": StoredObject.of(shard_table.DOCUMENTS_NAME, doc_ids).to_json(),
             "vocabulary": vocabulary and vocabulary.to_json(),
             "config_digest": digest_of(config),
         }
@@ -84,13 +89,13 @@ def commit(
     manifest = manifest_json.manifest_from_bytes(data)  # what is refused by readers is not written
     if not objects.create(manifest_json.NAME, data) and objects.read(manifest_json.NAME) != data:
         raise CacheMismatchError(
-            f"{objects.root}: another builder finished this cache with other bytes; its manifest was left as it is"
+            f"{objects.place}: another builder finished this cache with other bytes; its manifest was left as it is"
         )
     objects.sweep()
     return manifest
 
 
-def _vocabulary(objects: LocalObjects, config: dict[str, Any]) -> StoredObject | None:
+def _vocabulary(objects: Objects, config: dict[str, Any]) -> StoredObject | None:
     """The vocabulary's object as it lies there, if it is the one that was planned."""
     if config["vocabulary_digest"] is None:
         return None
@@ -98,21 +103,29 @@ def _vocabulary(objects: LocalObjects, config: dict[str, Any]) -> StoredObject |
         data = objects.read(vocabulary_table.NAME)
         stored = vocabulary_table.vocabulary_from_bytes(data, config["vocab_size"])
     except MissingObjectError:
-        raise MissingObjectError(f"{objects.root}: {vocabulary_table.NAME} is missing; {_RESUME}") from None
+        raise MissingObjectError(f"{objects.place}: {vocabulary_table.NAME} is missing; {_RESUME}") from None
     except ValueError as error:
-        raise MalformedObjectError(f"{objects.root}: {vocabulary_table.NAME}: {error}; {_RESUME}") from None
+        raise MalformedObjectError(f"{objects.place}: {vocabulary_table.NAME}: {error}; {_RESUME}") from None
     if vocabulary_table.vocabulary_digest(stored) != config["vocabulary_digest"]:
-        raise MalformedObjectError(f"{objects.root}: {vocabulary_table.NAME} is not the teacher's; {_RESUME}")
+        raise MalformedObjectError(f"{objects.place}: {vocabulary_table.NAME} is not the teacher's; {_RESUME}")
     return StoredObject.of(vocabulary_table.NAME, data)
 
 
-def codec_of(records: Sequence[ShardRecord]) -> dict[str, Any]:
-    """The manifest's `codec` of all shards' records."""
-    rows = sum(sum(record.document_rows) for record in records)
+def row_shape_of(config: dict[str, Any]) -> RowShape:
+    """The shape of rows of a plan's `config`."""
+    return RowShape(**{name: config[name] for name in ("k", "k_ids", "vocab_size", "profile", "parameters")})
+
+
+def codec_facts(shape: RowShape, records: Sequence[ShardRecord]) -> dict[str, Any]:
+    """The manifest's `codec`: which it is, the proven bound of its L1 error, and what was measured over all shards."""
+    errors = L1Errors.merged(record.l1_errors for record in records)
     return {
-        "profile": half.PROFILE,
-        "max_l1_error": max(record.max_l1_error for record in records),
-        "mean_l1_error": math.fsum(record.sum_l1_error for record in records) / max(1, rows),
+        "profile": shape.profile,
+        "parameters": shape.codec.parameters,
+        "bound_l1_error": shape.codec.max_l1_error,
+        "max_l1_error": errors.max,
+        "p99_l1_error": errors.percentile(0.99),
+        "mean_l1_error": errors.mean,
     }
 
 
