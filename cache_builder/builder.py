@@ -5,6 +5,7 @@ The plan is static and every shard is an idempotent job, so the same call resume
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 from cache_builder.corpus import read_corpus
 from cache_builder.engines import choose_engine, make_engine
 from cache_builder.engines.base import Engine, EngineConfig, check_window
+from cache_builder.pipeline import BackgroundWriter, score_shards
 from cache_builder.progress import Progress, Work
-from cache_builder.rows import Cutter, cached_document
+from cache_builder.rows import Cutter
 from cache_builder.teacher import Teacher, find_teacher
-from storage_specs.document import KINDS, TOOL_ROLES, CachedDocument, Document
+from storage_specs.document import KINDS, TOOL_ROLES, Document
 from storage_specs.errors import ConfigError
 from storage_specs.manifest import Manifest
 from storage_specs.plan import make_plan
@@ -129,32 +131,16 @@ def build(config: BuildConfig) -> BuildReport:
     jobs = [(shard, [documents[number] for number in plan.shards[shard]]) for shard in missing]
     work = Work()
     characters = sum(len(document.text) for _, shard in jobs for document in shard)
-    with Progress(characters, len(plan.shards) - len(jobs), len(plan.shards)) as progress:
-        for shard, members in jobs:
-            writer.write_shard(shard, score_documents(members, engine, cutter, config.ids_kept, work, progress))
-            progress.shard_done()
+    with (
+        closing(engine),
+        Progress(characters, len(plan.shards) - len(jobs), len(plan.shards)) as progress,
+        BackgroundWriter(writer.write_shard, progress.shard_done) as writing,
+    ):
+        for shard, cached in score_shards(jobs, engine, cutter, config.ids_kept, work, progress):
+            writing.put(shard, cached)
     return BuildReport(
         manifest=writer.finalize(), shards_written=len(missing), work=work, seconds=time.monotonic() - started
     )
-
-
-def score_documents(
-    documents: Sequence[Document], engine: Engine, cutter: Cutter, k_ids: int, work: Work, progress: Progress
-) -> list[CachedDocument]:
-    """One shard's documents with their rows. `work` and `progress` are told of every window."""
-    windows = [cutter.windows(document) for document in documents]
-    scores = iter(engine.score([window for cut in windows for window in cut]))
-    cached = []
-    for document, cut in zip(documents, windows, strict=True):
-        work.windows_cut += max(0, len(cut) - 1)
-        of_document = []
-        for window in cut:
-            of_document.append(next(scores))
-            work.tokens += len(window.ids)
-            progress.tokens(len(window.ids))
-        progress.document_done(document)
-        cached.append(cached_document(document, cut, of_document, engine.config.k, k_ids))
-    return cached
 
 
 def _engine(config: BuildConfig, teacher: Teacher) -> Engine:

@@ -99,9 +99,9 @@ class VllmEngine:
         }
 
     def score(self, windows: Iterable[Window]) -> Iterator[WindowScores]:
-        self._load()
+        self.load()
         if self.flat_reason is None:
-            return self._stream(windows, captured_scores)
+            return self.stream(windows, captured_scores, self.parameters())
         if self.config.rank_edges is not None:
             raise EngineError(
                 "the sketch needs all logits, and vLLM's public prompt_logprobs have the top k only: "
@@ -112,12 +112,12 @@ class VllmEngine:
 
     def score_flat(self, windows: Iterable[Window]) -> Iterator[WindowScores]:
         """`score` through vLLM's public `prompt_logprobs` alone: slower, without tail bins, independent of hooks."""
-        self._load().collective_rpc("capture_stop")
+        self.stop_capture()
         try:
-            yield from self._stream(windows, parse_flat)
+            yield from self.stream(windows, parse_flat, self.parameters())
         finally:
             if self._llm is not None and self.flat_reason is None:
-                self._start_capture()
+                self.start_capture()
 
     def close(self) -> None:
         """Stop vLLM's processes and free what they hold."""
@@ -125,25 +125,25 @@ class VllmEngine:
             llm, self._llm = self._llm, None
             llm.llm_engine.engine_core.shutdown()
 
-    def _stream(
-        self, windows: Iterable[Window], read: Callable[[Any, Window, EngineConfig], WindowScores]
-    ) -> Iterator[WindowScores]:
-        """Keep TOKENS_IN_FLIGHT tokens queued in vLLM, so that its next step never waits for its client."""
+    def parameters(self, **changed: Any) -> Any:
+        """What every request asks of vLLM, as its `SamplingParams`."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        parameters = SamplingParams(
-            max_tokens=1,
-            temperature=0,
-            prompt_logprobs=self.config.k,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        engine = self._load().llm_engine
+        asked = {"max_tokens": 1, "temperature": 0, "detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
+        return SamplingParams(**asked | {"prompt_logprobs": self.config.k, "flat_logprobs": True} | changed)
+
+    def stream(
+        self, windows: Iterable[Window], read: Callable[[Any, Window, EngineConfig], Any], parameters: Any
+    ) -> Iterator[Any]:
+        """`read(prompt_logprobs, window, config)` of every window, in order.
+
+        TOKENS_IN_FLIGHT tokens are queued in vLLM, so that its next step never waits for its client.
+        """
+        engine = self.load().llm_engine
         source = iter(windows)
         waiting: OrderedDict[str, Window] = OrderedDict()
-        done: dict[str, WindowScores] = {}
+        done: dict[str, Any] = {}
         tokens = 0
         try:
             while True:
@@ -168,7 +168,8 @@ class VllmEngine:
                 with suppress(Exception):  # the engine may be what failed
                     engine.abort_request(unfinished)
 
-    def _load(self) -> Any:
+    def load(self) -> Any:
+        """The `vllm.LLM`, loaded by the first call. Raises EngineError."""
         if self._llm is None:
             os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
             from vllm import LLM
@@ -188,10 +189,11 @@ class VllmEngine:
             except Exception as error:  # pydantic, CUDA, memory: all of them mean that the engine did not start
                 raise EngineError(f"teacher {self.config.model}: vLLM cannot load it: {error}") from error
             if self.flat_reason is None:
-                self._start_capture()
+                self.start_capture()
         return self._llm
 
-    def _start_capture(self) -> None:
+    def start_capture(self) -> None:
+        """Hook the worker for `config`'s k and rank edges; `flat_reason` says why not, where that fails."""
         edges = None if self.config.rank_edges is None else list(self.config.rank_edges)
         try:
             keep_arrays()
@@ -200,7 +202,11 @@ class VllmEngine:
             answers = [f"this vLLM's client is laid out differently ({error})"]
         self.flat_reason = next(filter(None, answers), None)
         if self.flat_reason is not None:
-            self._llm.collective_rpc("capture_stop")
+            self.stop_capture()
+
+    def stop_capture(self) -> None:
+        """From here on prompt log-probabilities are vLLM's own."""
+        self.load().collective_rpc("capture_stop")
 
 
 def _ask(method: Callable[..., Any], *arguments: Any) -> Any:
