@@ -73,7 +73,7 @@ def _score_documents(
 class BackgroundWriter:
     """Writes shards in threads; `put` waits where SHARDS_WAITING of them are not written yet.
 
-    write: `CacheWriter.write_shard`. done: called in the caller's thread after each shard, in order. What `write` raises
+    write: `CacheWriter.write_shard`. done: called by the caller after each shard, in order. What `write` raises
     is raised by a later `put` or at the end of the `with` block; leaving it by an exception drops shards that wait.
     """
 

@@ -108,7 +108,7 @@ class Bench:
             max_model_len=arguments.length + 1,
             k=max(arguments.k),
             vocab_size=shape["vocab_size"],
-            arguments={"load_format": "dummy"} | dict(item.split("=", 1) for item in arguments.engine),
+            arguments={"load_format": "dummy"} | dict(_argument(item) for item in arguments.engine),
         )
         self.engine = VllmEngine(self.config)
         self.engine.load()  # for the largest k: vLLM refuses more later
@@ -167,6 +167,11 @@ class Bench:
         for _ in score(windows):
             pass
         return time.perf_counter() - started
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    name, has_value, value = text.partition("=")
+    return name, value if has_value else True
 
 
 def measure(bench: Bench, arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -240,7 +245,7 @@ def main() -> None:
     parser.add_argument("--store", default="zarr")
     parser.add_argument("--profile", default="half")
     parser.add_argument("--sketch-profile", default="sketch")
-    parser.add_argument("--engine", nargs="*", default=[], metavar="NAME=VALUE", help="vLLM engine arguments")
+    parser.add_argument("--engine", nargs="*", default=[], metavar="NAME[=VALUE]", help="vLLM engine arguments")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "capture.csv")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
