@@ -6,6 +6,7 @@ The plan is static and every shard is an idempotent job, so the same call resume
 import math
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,14 @@ class BuildConfig:
     engine_arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("k", "documents_per_shard", "max_documents", "max_model_len", "window_overlap", "data_parallel_size"):
+        for name in (
+            "k",
+            "documents_per_shard",
+            "max_documents",
+            "max_model_len",
+            "window_overlap",
+            "data_parallel_size",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}, but must be at least 1")
@@ -131,7 +139,9 @@ class BuildConfig:
         try:
             return math.prod(map(int, sizes))
         except ValueError as error:
-            raise ConfigError(f"tensor_parallel_size and pipeline_parallel_size must be whole numbers: {error}") from None
+            raise ConfigError(
+                f"tensor_parallel_size and pipeline_parallel_size must be whole numbers: {error}"
+            ) from None
 
     def shards_of(self, plan: Plan) -> range:
         """The shards that this call is to build: all, or those of shard_range that the plan has."""
@@ -186,7 +196,10 @@ def build(config: BuildConfig) -> BuildReport:
     shards = config.shards_of(prepared.plan)
     missing = writer.missing_shards(shards)
     work = Work()
-    with Progress(prepared.characters(missing), len(shards) - len(missing), len(shards)) as progress:
+    with (
+        closing(prepared.engine),
+        Progress(prepared.characters(missing), len(shards) - len(missing), len(shards)) as progress,
+    ):
 
         def done(shard: int, of_shard: Work) -> None:
             work.add(of_shard)
@@ -196,6 +209,7 @@ def build(config: BuildConfig) -> BuildReport:
             progress.tokens(of_shard.tokens)
             for document in prepared.members(shard):
                 progress.document_done(document)
+            progress.shard_scored()
             done(shard, of_shard)
 
         jobs = ((shard, prepared.members(shard)) for shard in missing)

@@ -67,6 +67,7 @@ def completed(
         tail_mass=scores.tail_mass[:rows],
         probs=scores.probs[:rows],
         token_ids=scores.token_ids[:rows, :k_ids] if k_ids else None,
+        tail_bins=None if scores.tail_bins is None else scores.tail_bins[:rows],
     )
 
 

@@ -87,9 +87,8 @@ def probe(engine: Engine, windows: Sequence[Window], seconds: float) -> float:
 def break_even(tokens: int, stored: float, tokens_per_second: float) -> float | None:
     """Student epochs, summed over all students, after which the cache has cost less than a live teacher; None: never.
 
-    A live teacher costs one forward pass over the tokens per epoch, `live`; the cache one scoring pass, `cache`, and per
-    epoch the reading of its bytes, `read`. epochs * live = cache + epochs * read, solved for epochs. Seconds cancel, as
-    do replicas: both sides have the same.
+    A live teacher costs one forward pass over the tokens per epoch, `live`; the cache one scoring pass, `cache`, and
+    per epoch the reading of its bytes, `read`. epochs * live = cache + epochs * read, solved for epochs.
     """
     cache = tokens / tokens_per_second
     live, read = cache * CAPTURE_RATIO, stored / READ_BYTES_PER_SECOND
@@ -126,7 +125,7 @@ def describe(
             f"break-even  {verdict} of all students together = cache / (live - read)",
             f"  cache = tokens / speed = {work.tokens / (rate * replicas):,.1f} s, one scoring pass",
             f"  live  = {CAPTURE_RATIO} * cache, one pass of a live teacher per epoch, which captures nothing",
-            f"  read  = bytes / {READ_BYTES_PER_SECOND / 1e6:.0f} MB/s = {stored / READ_BYTES_PER_SECOND:,.1f} s per epoch",
+            f"  read  = bytes / {READ_BYTES_PER_SECOND / 1e6:.0f} MB/s = {stored / READ_BYTES_PER_SECOND:,.1f} s each epoch",
         ]
     )
 

@@ -106,7 +106,9 @@ def build_summary(report: "BuildReport", path: str | os.PathLike[str]) -> str:
     else:
         did = "already complete, nothing to do"
     if report.manifest is None:
-        return f"{path}: {did}\n{report.shards_missing:,} shards of other ranges are missing; who writes the last ends it"
+        return (
+            f"{path}: {did}\n{report.shards_missing:,} shards of other ranges are missing; who writes the last ends it"
+        )
     counts, rows = report.manifest.counts, report.manifest.counts["rows"]
     size = sum(stored.size for stored in chain.from_iterable(open_cache(path).table.objects))
     return (

@@ -43,7 +43,9 @@ def prompt_document(record: Record, left_out: set[str]) -> Document:
     metadata, place = metadata_of(record, FIELDS, left_out), record.place
     given = next((name for name in FIELDS[:2] if record.fields.get(name) is not None), None)
     if given is None:
-        raise CorpusError(f"corpus {place}: mode generate needs the field `prompt` or `messages`; `text` is scored as it is")
+        raise CorpusError(
+            f"corpus {place}: mode generate needs the field `prompt` or `messages`; `text` is scored as it is"
+        )
     if record.fields.get("tools"):
         raise CorpusError(f"corpus {place}: `tools` are not rendered; write them into a system message instead")
     value = record.fields[given]

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cache_builder.pipeline import Job
 from cache_builder.progress import Progress, Work
-from cache_builder.shard_worker import Job, Recipe, ShardWorker
+from cache_builder.shard_worker import Recipe, ShardWorker
 from storage_specs.errors import EngineError, TeachOnceError
 
 
@@ -76,7 +77,9 @@ class _Actor:
         finished: list[Work] = []
         try:
             if not Path(self.recipe.engine_config.model).is_dir():
-                raise EngineError(f"this node has no folder {self.recipe.engine_config.model}: put it on shared storage")
+                raise EngineError(
+                    f"this node has no folder {self.recipe.engine_config.model}: put it on shared storage"
+                )
             self.worker = self.worker or ShardWorker(self.recipe)
             self.worker.run([job], lambda shard, work: finished.append(work), Progress(0, 0, 0))
         except TeachOnceError as error:

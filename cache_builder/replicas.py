@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from cache_builder.pipeline import Job
 from cache_builder.progress import Progress, Work
-from cache_builder.shard_worker import Job, Recipe, ShardWorker
+from cache_builder.shard_worker import Recipe, ShardWorker
 from storage_specs.errors import ConfigError, EngineError, TeachOnceError
 
 PATIENCE = 15.0  # seconds for a replica to leave, its engine's own processes included, before it is killed

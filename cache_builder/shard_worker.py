@@ -4,19 +4,19 @@ A build in one process, its replicas and the actors of a Ray cluster all run thi
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 from cache_builder.completions import completed
 from cache_builder.engines import make_engine
 from cache_builder.engines.base import Engine, EngineConfig
-from cache_builder.engines.generating import Generator, Prompt, make_generator
+from cache_builder.engines.generating import Generation, Generator, Prompt, make_generator
+from cache_builder.pipeline import BackgroundWriter, Job, OpenShard, finished_shards, windows_of_shard
 from cache_builder.progress import Progress, Work
 from cache_builder.prompts import prompt_ids, prompt_text, turns_of
-from cache_builder.rows import Cutter, cached_document
+from cache_builder.rows import Cutter
 from cache_builder.sampling import Sampling
 from storage_specs.document import CachedDocument, Document
 from storage_specs.errors import ConfigError
@@ -24,8 +24,6 @@ from storage_specs.generated import generation_record
 from storage_specs.plan import Plan
 from storage_specs.vocabulary import token_bytes
 from storage_specs.writer import CacheSettings, CacheWriter
-
-Job = tuple[int, Sequence[Document]]  # a shard's number and its documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,43 +46,6 @@ class Recipe:
         return CacheWriter(self.output, self.settings, self.plan)
 
 
-@dataclass(kw_only=True)
-class OpenShard:
-    """A shard whose windows or prompts are with the engine, and what has come back of it."""
-
-    shard: int
-    documents: Sequence[Document]
-    requests: list[Any]
-    finish: Callable[["OpenShard"], list[CachedDocument]]
-    results: list[Any] = field(default_factory=list)
-    work: Work = field(default_factory=Work)
-
-
-class Feed:
-    """The requests of one shard after the other, made when the engine asks for them.
-
-    Where `jobs` has nothing for the moment, so has this; asked again later it may go on, like the jobs themselves.
-    """
-
-    def __init__(self, jobs: Iterator[Job], open_shard: Callable[[Job], OpenShard]) -> None:
-        self.jobs, self.open_shard = jobs, open_shard
-        self.opened: deque[OpenShard] = deque()
-        self.asked: deque[Any] = deque()  # requests whose results have not come yet
-        self.requests: Iterator[Any] = iter(())
-
-    def __iter__(self) -> "Feed":
-        return self
-
-    def __next__(self) -> Any:
-        while True:
-            for request in self.requests:
-                self.asked.append(request)
-                return request
-            opened = self.open_shard(next(self.jobs))
-            self.opened.append(opened)
-            self.requests = iter(opened.requests)
-
-
 class ShardWorker:
     """Its teacher is loaded with the first shard. `engine`, `writer`: those that the process already has."""
 
@@ -94,68 +55,40 @@ class ShardWorker:
         self.writer = writer or recipe.writer()
 
     def run(self, jobs: Iterable[Job], done: Callable[[int, Work], None], progress: Progress) -> None:
-        """Score and write every job; `done(shard, work)` after each, once its record stands.
+        """Score and write every job; `done(shard, work)` after each, in order, once its record stands.
 
-        Requests of later shards are with the engine before the first is finished, so that it never runs dry. Raises
-        EngineError, TokenizerError, ChatTemplateError, StorageFullError, OutputFolderError.
+        Raises EngineError, TokenizerError, ChatTemplateError, StorageFullError, OutputFolderError.
         """
-        generates = self.recipe.sampling is not None
-        feed = Feed(iter(jobs), self._open_prompts if generates else self._open_windows)
-        results = self.generator.generate(feed) if generates else self.engine.score(feed)
-        waiting: deque[Any] = deque()
+        written: deque[tuple[int, Work]] = deque()
+        if self.recipe.sampling is None:
+            edges = self.engine.config.rank_edges
+            opening = partial(
+                windows_of_shard,
+                cutter=self.recipe.cutter,
+                k=self.engine.config.k,
+                k_ids=self.recipe.settings.k_ids,
+                bins=None if edges is None else len(edges) - 1,
+            )
+            shards = finished_shards(jobs, opening, self.engine.score, progress)
+        else:
+            shards = finished_shards(jobs, self._prompts_of_shard, self.generator.generate, progress)
+        with BackgroundWriter(self.writer.write_shard, lambda: done(*written.popleft())) as writing:
+            for opened, cached in shards:
+                written.append((opened.shard, opened.work))
+                writing.put(opened.shard, cached)
 
-        def write_finished() -> None:
-            while feed.opened and len(waiting) >= len(feed.opened[0].requests):
-                opened = feed.opened.popleft()
-                opened.results = [waiting.popleft() for _ in opened.requests]
-                cached = opened.finish(opened)
-                for document in opened.documents:
-                    progress.document_done(document)
-                self.writer.write_shard(opened.shard, cached)
-                done(opened.shard, opened.work)
-
-        for result in results:
-            waiting.append(result)
-            progress.tokens(len(feed.asked.popleft().ids))
-            write_finished()
-        write_finished()  # shards without any request
-
-    def _open_windows(self, job: Job) -> OpenShard:
-        shard, documents = job
-        cut = [self.recipe.cutter.windows(document) for document in documents]
-
-        def finish(opened: OpenShard) -> list[CachedDocument]:
-            scores = iter(opened.results)
-            return [
-                cached_document(
-                    document,
-                    windows,
-                    [next(scores) for _ in windows],
-                    self.engine.config.k,
-                    self.recipe.settings.k_ids,
-                )
-                for document, windows in zip(documents, cut, strict=True)
-            ]
-
-        work = Work(
-            tokens=sum(len(window.ids) for windows in cut for window in windows),
-            windows_cut=sum(max(0, len(windows) - 1) for windows in cut),
-        )
-        requests = [window for windows in cut for window in windows]
-        return OpenShard(shard=shard, documents=documents, requests=requests, finish=finish, work=work)
-
-    def _open_prompts(self, job: Job) -> OpenShard:
+    def _prompts_of_shard(self, job: Job) -> OpenShard:
         shard, documents = job
         samples = [self.samples[number] for number in self.recipe.plan.shards[shard]]
         prompts = [self.prompt(document, sample) for document, sample in zip(documents, samples, strict=True)]
 
-        def finish(opened: OpenShard) -> list[CachedDocument]:
+        def finish(results: list[Generation], work: Work) -> list[CachedDocument]:
             finished = [
                 completed(document, generation, self.words, sample, self.recipe.settings.k_ids)
-                for document, generation, sample in zip(documents, opened.results, samples, strict=True)
+                for document, generation, sample in zip(documents, results, samples, strict=True)
             ]
-            opened.work.tokens += sum(len(generation.scores.gold_logprob) for generation in opened.results)
-            opened.work.refused = generation_record(finished)["refused"]
+            work.tokens += sum(len(generation.scores.gold_logprob) for generation in results)
+            work.refused = generation_record(finished)["refused"]
             return finished
 
         work = Work(tokens=sum(len(prompt.ids) for prompt in prompts))

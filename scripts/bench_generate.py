@@ -153,7 +153,7 @@ def measure(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
     def plain() -> int:
         prompts = [{"prompt_token_ids": one} for one in ids]
-        outputs = engine._load().generate(prompts, plain_parameters, use_tqdm=False)
+        outputs = engine.load().generate(prompts, plain_parameters, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
     def ours() -> int:

@@ -58,7 +58,11 @@ def parser(command: str = "build") -> Parser:
     add("--shard_range", type=_shard_range, metavar="A:B", help="only shards A to B - 1 of the plan, for job arrays")
     add("--data_parallel_size", type=int, metavar="N", help="replicas of the teacher, one process and GPU each (1)")
     add("--launcher", metavar="NAME", help="local | ray = actors of a Ray cluster, data_parallel_size of them (local)")
-    add("--mode", metavar="MODE", help="score = the corpus as it is | generate = the teacher answers its prompts (score)")
+    add(
+        "--mode",
+        metavar="MODE",
+        help="score = the corpus as it is | generate = the teacher answers its prompts (score)",
+    )
     add("--temperature", type=float, metavar="T", help="mode generate: sampling temperature, 0 = greedy (1)")
     add("--top_p", type=float, metavar="P", help="mode generate: draw from the fewest tokens that reach this mass (1)")
     add("--top_k", type=int, metavar="N", help="mode generate: draw from the N most probable tokens, 0 = all (0)")

@@ -12,7 +12,9 @@ def parser() -> Parser:
     """The flags of `build`, of which --output may be left out, and where the speed is from."""
     flags = build.parser("plan")
     next(action for action in flags._actions if action.dest == "output").required = False
-    flags.add_argument("--tokens_per_second", type=float, metavar="X", help="speed of one replica, as `build` printed it")
+    flags.add_argument(
+        "--tokens_per_second", type=float, metavar="X", help="speed of one replica, as `build` printed it"
+    )
     flags.add_argument("--probe", type=float, metavar="SECONDS", help="measure the speed with the real engine (30)")
     return flags
 

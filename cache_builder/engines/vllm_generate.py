@@ -29,7 +29,12 @@ class VllmGenerator:
         self._requests = 0
 
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[Generation]:
-        core = self.engine._load().llm_engine
+        if self.engine.config.rank_edges is not None:
+            raise EngineError(
+                "the sketch needs all logits, and what vLLM says of sampled tokens has the top k only: choose another "
+                "codec profile, or --engine transformers"
+            )
+        core = self.engine.load().llm_engine
         problem = keep_sampled_rows()
         if problem:
             print(f"vllm {self.engine.version}: rows through flat logprobs, slower: {problem}", file=sys.stderr)

@@ -1,8 +1,8 @@
 """The private part of vLLM that generated rows need: one method of its client, guarded, with a public fallback.
 
 `LogprobsProcessor._update_sample_logprobs` gets the rows of every sampled token as arrays and makes Python numbers of
-them, 11 to 22 us per token at k = 64. Kept as arrays they take 2.6 us. The worker is not touched. Where this vLLM has no
-such method, rows come from the public `flat_logprobs`.
+them, 11 to 22 us per token at k = 64. Kept as arrays they take 2.6 us. The worker is not touched. Where this vLLM has
+no such method, rows come from the public `flat_logprobs`.
 
 Legend: G tokens of a completion, K top-k ranks.
 """
@@ -17,7 +17,7 @@ FIELDS = ("logprob_token_ids", "logprobs")
 
 
 class SampledRows(list):
-    """The arrays of one request as they came: (ids (1, K + 1), log-probabilities (1, K + 1)), the sampled token first."""
+    """The arrays of one request as they came: (ids, log-probabilities), both (1, K + 1), the sampled token first."""
 
 
 def keep_sampled_rows() -> str | None:
