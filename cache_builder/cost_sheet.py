@@ -125,7 +125,8 @@ def describe(
             f"break-even  {verdict} of all students together = cache / (live - read)",
             f"  cache = tokens / speed = {work.tokens / (rate * replicas):,.1f} s, one scoring pass",
             f"  live  = {CAPTURE_RATIO} * cache, one pass of a live teacher per epoch, which captures nothing",
-            f"  read  = bytes / {READ_BYTES_PER_SECOND / 1e6:.0f} MB/s = {stored / READ_BYTES_PER_SECOND:,.1f} s each epoch",
+            f"  read  = bytes / {READ_BYTES_PER_SECOND / 1e6:.0f} MB/s = "
+            f"{stored / READ_BYTES_PER_SECOND:,.1f} s per epoch",
         ]
     )
 

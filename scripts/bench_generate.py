@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--prompt_tokens", type=int, default=128)
     parser.add_argument("--max_tokens", type=int, default=192)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seeds", choices=("own", "none"), default="own", help="ours: a seed per request, or none")
     parser.add_argument("--documents_per_shard", type=int, default=64)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "generate.csv")
     given = parser.parse_args()
@@ -123,7 +124,7 @@ def main() -> None:
             writer.writeheader()
         writer.writerows(rows)
     for row in rows:
-        print(f"{row['arm']:<6} {row['median_s']:>8} s  {row['tokens_per_s']:>8} tok/s  ratio {row['ratio']}")
+        print(f"{row['arm']:<16} {row['median_s']:>8} s  {row['tokens_per_s']:>8} tok/s  ratio {row['ratio']}")
 
 
 def measure(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
@@ -168,6 +169,7 @@ def measure(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             sampling=sampling,
         )
         worker = BenchWorker(recipe, engine)
+        worker.generator.seeds = given.seeds == "own" and worker.generator.seeds
         jobs = [(shard, [documents[number] for number in members]) for shard, members in enumerate(recipe.plan.shards)]
         worker.run(jobs, lambda shard, work: None, Progress(0, 0, 0))
         rows = worker.writer.finalize().counts["rows"]
@@ -193,7 +195,7 @@ def measure(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             "prompts": given.prompts,
             "prompt_tokens": given.prompt_tokens,
             "max_tokens": given.max_tokens,
-            "arm": name,
+            "arm": name if given.seeds == "own" else f"{name}, no seeds",
             "median_s": f"{statistics.median(times):.3f}",
             "min_s": f"{min(times):.3f}",
             "max_s": f"{max(times):.3f}",

@@ -26,6 +26,7 @@ class VllmGenerator:
 
     def __init__(self, engine: VllmEngine, sampling: Sampling, words: list[bytes | None]) -> None:
         self.engine, self.sampling, self.words = engine, sampling, words
+        self.seeds = not _seeds_kill()
         self._requests = 0
 
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[Generation]:
@@ -68,7 +69,6 @@ class VllmGenerator:
 
     def _parameters(self, prompt: Prompt) -> Any:
         from vllm import SamplingParams
-        from vllm.platforms import current_platform
         from vllm.sampling_params import RequestOutputKind
 
         sampling = self.sampling
@@ -76,8 +76,7 @@ class VllmGenerator:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
-            # a seed per request kills the engine of the CPU build; there vLLM's own `seed` argument decides
-            seed=None if current_platform.is_cpu() or sampling.temperature == 0 else prompt.seed,
+            seed=prompt.seed if self.seeds and sampling.temperature > 0 else None,
             max_tokens=prompt.max_tokens,
             stop_token_ids=list(sampling.stop_token_ids),
             logprobs=self.engine.config.k,
@@ -111,6 +110,13 @@ class VllmGenerator:
             ended=stop_reason is None and output.finish_reason == "stop",
             stop_reason=stop_reason,
         )
+
+
+def _seeds_kill() -> bool:
+    """A seed per request has killed the engine of CPU builds; there vLLM's own engine argument `seed` decides."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
 
 
 def _ask(call: Any, *arguments: Any) -> Any:
