@@ -54,6 +54,7 @@ def parser(command: str = "build") -> Parser:
     add("--max_documents", type=int, metavar="N", help="take the first N documents")
     add("--min_bytes", type=int, metavar="N", help="pass over documents of fewer UTF-8 bytes")
     add("--store", metavar="NAME", help="zarr | arrow (zarr)")
+    add("--profile", metavar="NAME", help="how values are stored: exact | half | compact (compact)")
     add("--documents_per_shard", type=int, metavar="N", help="documents per shard, the unit of resuming (256)")
     add("--shard_range", type=_shard_range, metavar="A:B", help="only shards A to B - 1 of the plan, for job arrays")
     add("--data_parallel_size", type=int, metavar="N", help="replicas of the teacher, one process and GPU each (1)")
