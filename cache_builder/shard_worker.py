@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
+
 from cache_builder.completions import completed
 from cache_builder.engines import make_engine
 from cache_builder.engines.base import Engine, EngineConfig
-from cache_builder.engines.generating import Generation, Generator, Prompt, make_generator
+from cache_builder.engines.generating import Generation, Generator, Prompt
 from cache_builder.pipeline import BackgroundWriter, Job, OpenShard, finished_shards, windows_of_shard
 from cache_builder.progress import Progress, Work
 from cache_builder.prompts import prompt_ids, prompt_text, turns_of
@@ -97,12 +99,14 @@ class ShardWorker:
     @cached_property
     def words(self) -> list[bytes | None]:
         """The bytes of every id of the teacher's logits."""
+        if self.recipe.cutter.tokenizer is None:  # behind an endpoint, which says itself what it wrote
+            return []
         known = token_bytes(self.recipe.cutter.tokenizer)
         return known + [None] * (self.recipe.settings.vocab_size - len(known))
 
     @cached_property
     def generator(self) -> Generator:
-        return make_generator(self.engine, self.recipe.sampling, self.words)
+        return self.engine.generator(self.recipe.sampling, self.words)
 
     def prompt(self, document: Document, sample: int) -> Prompt:
         """What an engine is asked for. Raises ConfigError where nothing can follow so long a prompt."""
@@ -121,17 +125,17 @@ class ShardWorker:
 
 def make_prompt(cutter: Cutter, document: Document, sampling: Sampling, sample: int, config: EngineConfig) -> Prompt:
     """A prompt document as a request. Raises ConfigError where it leaves no room, TokenizerError, ChatTemplateError."""
-    text = prompt_text(cutter.tokenizer, document, cutter.chat_template, cutter.chat_template_kwargs)
     chat = document.kind == "chat"
+    text = ""
+    if not chat or cutter.tokenizer is not None:
+        text = prompt_text(cutter.tokenizer, document, cutter.chat_template, cutter.chat_template_kwargs)
+    turns = turns_of(document) if chat else None
+    seed = sampling.seed_of(document.doc_id, sample)
+    if cutter.tokenizer is None:  # an endpoint tokenises
+        return Prompt(ids=np.zeros(0, np.int64), text=text, turns=turns, seed=seed, max_tokens=sampling.max_tokens)
     ids = prompt_ids(cutter.tokenizer, text, chat=chat, bos_token=cutter.bos_token)
     room = config.max_model_len - len(ids)
     if room < 1 or not len(ids):
         problem = f"leaves no room in {config.max_model_len} tokens: raise --max_model_len" if len(ids) else "is empty"
         raise ConfigError(f"prompt {document.doc_id[:12]} of {len(ids)} tokens {problem}, or leave it out")
-    return Prompt(
-        ids=ids,
-        text=text,
-        turns=turns_of(document) if chat else None,
-        seed=sampling.seed_of(document.doc_id, sample),
-        max_tokens=min(sampling.max_tokens, room),
-    )
+    return Prompt(ids=ids, text=text, turns=turns, seed=seed, max_tokens=min(sampling.max_tokens, room))

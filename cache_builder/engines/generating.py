@@ -9,9 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cache_builder.engines.base import Engine, WindowScores
-from cache_builder.sampling import Sampling
-from storage_specs.errors import ConfigError
+from cache_builder.engines.base import WindowScores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +32,13 @@ class Generation:
     """One completion, token by token, an end token at its end included.
 
     ids: (G,) int64, or None where an endpoint gives none. pieces: the tokens' bytes, where `ids` is None; an end token
-    has none. scores: G rows at temperature 1, whatever the sampling. finish_reason: stop | length. ended: whether the
-    last token is an end token. stop_reason: the stop string that ended it, or None.
+    has none, and None is for what is not known. scores: G rows at temperature 1, whatever the sampling. finish_reason:
+    stop | length, or what an endpoint calls it. ended: whether the last token is an end token. stop_reason: the stop
+    string that ended it, or None.
     """
 
     ids: np.ndarray | None
-    pieces: list[bytes] | None = None
+    pieces: list[bytes | None] | None = None
     scores: WindowScores
     finish_reason: str
     ended: bool
@@ -51,20 +50,6 @@ class Generator(Protocol):
 
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[Generation]:
         """One Generation per prompt, in order. Raises EngineError."""
-
-
-def make_generator(engine: Engine, sampling: Sampling, words: list[bytes | None]) -> Generator:
-    """The generator of an engine. words: the bytes of every id, in which stop strings are looked for."""
-    name = type(engine).__name__
-    if name == "VllmEngine":
-        from cache_builder.engines.vllm_generate import VllmGenerator
-
-        return VllmGenerator(engine, sampling, words)
-    if name == "TransformersEngine":
-        from cache_builder.engines.transformers_generate import TransformersGenerator
-
-        return TransformersGenerator(engine, sampling, words)
-    raise ConfigError(f"mode generate is not known to {name}")
 
 
 class StopStrings:
