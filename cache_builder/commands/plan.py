@@ -36,6 +36,10 @@ def run(arguments: Sequence[str]) -> int:
     prepared = prepare(config)
     work = workload_of(prepared)
     speed = None if given is None else (given, "given")
+    if seconds is not None and config.mode == "generate":
+        raise ConfigError(
+            "--probe measures scoring; for --mode generate give --tokens_per_second, as `build` printed it"
+        )
     if seconds is not None:
         first = [window for document in prepared.documents[:256] for window in prepared.recipe.cutter.windows(document)]
         speed = probe(prepared.engine, first, seconds), f"probed for about {seconds:g} s"

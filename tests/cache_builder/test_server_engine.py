@@ -1,4 +1,4 @@
-"""The server engine against endpoints that fail in every way on loopback: retries, refusals, and keys that never leak."""
+"""The server engine against endpoints that fail in every way: retries, refusals, and keys that never leak."""
 
 import json
 import time
