@@ -45,7 +45,14 @@ SHAPES = {
         "num_attention_heads": 16,
         "tie_word_embeddings": True,
     },
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "tiny": {
+        "hidden_size": 256,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    },
 }
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -62,7 +69,7 @@ QWEN3 = {
 }
 BINS = 16
 ROUTES = ("prefill", "rows", "disk", "sketch", "sketch-disk", "flat", "dicts")
-FEWER_PROMPTS = {"flat": 4, "dicts": 16}  # a share of the prompts: these routes are slow, and only compared
+FEWER_PROMPTS = {"flat": 4, "dicts": 12}  # a share of the prompts: these routes are slow, and only compared
 BYTES_PER_TOKEN = 4
 
 
