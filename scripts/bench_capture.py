@@ -31,6 +31,7 @@ from cache_builder.pipeline import BackgroundWriter, score_shards
 from cache_builder.progress import Progress, Work
 from storage_specs.document import Document, text_document
 from storage_specs.plan import make_plan
+from storage_specs.settings import DEFAULT_PROFILE
 from storage_specs.sketch import log_rank_edges
 from storage_specs.vocabulary import Vocabulary
 from storage_specs.windows import Window
@@ -250,7 +251,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--documents-per-shard", type=int, default=16)
     parser.add_argument("--store", default="zarr")
-    parser.add_argument("--profile", default="half")
+    parser.add_argument("--profile", default=DEFAULT_PROFILE)
     parser.add_argument("--sketch-profile", default="sketch")
     parser.add_argument("--engine", nargs="*", default=[], metavar="NAME[=VALUE]", help="vLLM engine arguments")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "capture.csv")

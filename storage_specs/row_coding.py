@@ -76,7 +76,7 @@ def decode(shard: StoredShard, shape: RowShape) -> Columns:
         byte_start=byte_start_N,
         byte_end=byte_end_N,
         is_end=arrays["is_end"],
-        gold_logprob=arrays["gold_logprob"] if exact else arrays["gold_steps"] / np.float32(-STEPS_PER_NAT),
+        gold_logprob=arrays["gold_logprob"] if exact else (arrays["gold_steps"] / -STEPS_PER_NAT).astype(np.float32),
         tail_mass=values.tail_mass,
         probs=values.probs,
         token_ids=None if words_W is None else ids.decode(arrays, words_W),

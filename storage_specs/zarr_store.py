@@ -28,7 +28,7 @@ MAX_HEADER_BYTES = 1 << 30  # of the array `documents`
 
 
 def _flat(name: str, dtype: type) -> ArraySpec:
-    return ArraySpec(name=name, dtype=np.dtype(dtype), width=None, rank_major=False)
+    return ArraySpec(name=name, dtype=np.dtype(dtype), width=None, rank_major=False, shuffle="noshuffle")
 
 
 DOCUMENTS, TEXT = _flat("documents", np.uint8), _flat("text", np.uint8)
