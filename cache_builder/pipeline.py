@@ -73,8 +73,8 @@ def _score_documents(
 class BackgroundWriter:
     """Writes shards in threads; `put` waits where SHARDS_WAITING of them are not written yet.
 
-    write: `CacheWriter.write_shard`. done: called by the caller after each shard, in order. What `write` raises is raised
-    by a later `put` or at the end of the `with` block. Left by an exception, it still writes what it was given.
+    write: `CacheWriter.write_shard`. done: called by the caller after each shard, in order. What `write` raises comes
+    out of a later `put`, or of the `with` block's end. Left by an exception, it still writes what it was given.
     """
 
     def __init__(self, write: Callable[[int, list[CachedDocument]], Any], done: Callable[[], None]) -> None:

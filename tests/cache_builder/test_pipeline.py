@@ -65,7 +65,9 @@ def test_rows_come_back_to_their_documents(ahead: int) -> None:
     assert [shard for shard, _ in found] == [10, 11, 12, 13]
     for (_, documents), shard in zip(found, texts, strict=True):
         assert [document.text for document in documents] == shard
-        assert [(-document.gold_logprob).tolist() for document in documents] == [list(map(float, text)) for text in shard]
+        assert [(-document.gold_logprob).tolist() for document in documents] == [
+            list(map(float, text)) for text in shard
+        ]
     assert (work.tokens, work.windows_cut) == (14, 3)
 
 
@@ -97,13 +99,8 @@ def test_shards_are_written_beside_scoring_and_told_of_in_order() -> None:
 
 def test_what_was_scored_is_written_when_scoring_fails() -> None:
     written: list[int] = []
-    with (
-        pytest.raises(KeyboardInterrupt),
-        BackgroundWriter(lambda shard, _: written.append(shard), lambda: None) as writing,
-    ):
-        writing.put(1, [])
-        writing.put(2, [])
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        _put_all([1, 2], lambda shard, _: written.append(shard), KeyboardInterrupt)
     assert sorted(written) == [1, 2]
 
 
@@ -112,6 +109,13 @@ def test_a_writer_that_fails_stops_the_build(shards: int) -> None:
     def write(shard: int, documents: list[Any]) -> None:
         raise StorageFullError("no space left")
 
-    with pytest.raises(StorageFullError, match="no space"), BackgroundWriter(write, lambda: None) as writing:
-        for shard in range(shards):
+    with pytest.raises(StorageFullError, match="no space"):
+        _put_all(range(shards), write)
+
+
+def _put_all(shards: Iterable[int], write: Any, error: type[BaseException] | None = None) -> None:
+    with BackgroundWriter(write, lambda: None) as writing:
+        for shard in shards:
             writing.put(shard, [])
+        if error is not None:
+            raise error
