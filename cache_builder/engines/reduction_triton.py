@@ -235,10 +235,10 @@ def tail_kernel(
     mass = tl.zeros((JP, PART), tl.float32)
     in_head = tl.zeros((PART,), tl.int32)
     for start in range(0, V, PART):
-        values = tl.load(source + start + part, mask=start + part < V, other=float("-inf")).to(tl.float32)
-        in_head += (values > kth).to(tl.int32)
-        share = tl.where(values > kth, 0.0, tl.exp(values - lse))
-        over = values[None, :] > threshold[:, None]
+        z = tl.load(source + start + part, mask=start + part < V, other=float("-inf")).to(tl.float32)
+        in_head += (z > kth).to(tl.int32)
+        share = tl.where(z > kth, 0.0, tl.exp(z - lse))
+        over = z[None, :] > threshold[:, None]
         number += over.to(tl.int32)
         mass += tl.where(over, share[None, :], 0.0)
     # Words of the head that equal its last one were counted among the tail.
