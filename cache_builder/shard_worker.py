@@ -35,7 +35,7 @@ class Recipe:
     sampling: in mode generate, where the plan's documents are prompts; None where they are scored as they are.
     """
 
-    output: Path
+    output: str | Path
     settings: CacheSettings
     plan: Plan
     engine: str
