@@ -28,9 +28,8 @@ def problem_of(columns: Columns, vocab_size: int, *, text: bool = True) -> str |
 
     The values' own rules are the codec's (`Codec.problem_of`). text: whether the documents have theirs.
     """
-    return (
-        message_problem(columns.documents, text=text) or _place_problem(columns) or _scalar_problem(columns, vocab_size)
-    )
+    problem = message_problem(columns.documents, text=text)
+    return problem or _place_problem(columns) or _scalar_problem(columns, vocab_size)
 
 
 def input_problem(document: CachedDocument, shape: RowShape) -> str | None:

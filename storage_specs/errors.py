@@ -81,6 +81,18 @@ class StorageFullError(TeachOnceError, OSError):
     """The disk is full; what was complete is kept, and the same command resumes."""
 
 
+class StoreUnavailableError(TeachOnceError, ConnectionError):
+    """An object store did not answer, or kept failing through all retries; nothing half read was returned."""
+
+
+class StoreAccessError(TeachOnceError, PermissionError):
+    """An object store refused: no such bucket, no or wrong credentials, a right that is missing."""
+
+
+class StoreUnsupportedError(TeachOnceError):
+    """A place that cannot do what was asked of it: written to but read only, or without conditional creation."""
+
+
 class AlignmentError(TeachOnceError, ValueError):
     """Student and cache have nothing in common to compare."""
 

@@ -69,7 +69,7 @@ def commit(
     another manifest), StorageFullError.
     """
     data = manifest_bytes(objects, config, planned, records)
-    if not objects.create(manifest_json.NAME, data) and objects.read(manifest_json.NAME) != data:
+    if not objects.create(manifest_json.NAME, data):
         raise CacheMismatchError(
             f"{objects.place}: another builder finished this cache with other bytes; its manifest was left as it is"
         )

@@ -96,7 +96,7 @@ class LocalObjects(Objects):
             created = _place(temporary, target)
         for folder in sorted(folders | {target.parent}):
             _sync(folder)
-        return created
+        return created or self.read(name) == data
 
     def delete(self, name: str) -> None:
         with writing(self.root / name):

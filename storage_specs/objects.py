@@ -56,9 +56,10 @@ class Objects(ABC):
 
     @abstractmethod
     def create(self, name: str, data: bytes) -> bool:
-        """Write an object only if there is none of that name: whether it was written.
+        """Write an object only if there is none of that name: whether it is there now with these bytes.
 
-        Raises StorageFullError, OutputFolderError.
+        So False means that another writer was first, with other bytes; they are left as they are. Raises
+        StorageFullError, OutputFolderError, StoreUnsupportedError.
         """
 
     @abstractmethod

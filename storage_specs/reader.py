@@ -14,9 +14,9 @@ import numpy as np
 from storage_specs import shard_table, vocabulary_table
 from storage_specs.columns import Columns
 from storage_specs.document import CachedDocument, Document
-from storage_specs.errors import CorpusError, MalformedObjectError
+from storage_specs.errors import ConfigError, CorpusError, MalformedObjectError
 from storage_specs.manifest import Manifest, read_manifest
-from storage_specs.objects import Objects, open_objects
+from storage_specs.objects import Objects, is_url, open_objects
 from storage_specs.shard_reading import WRITTEN_WRONGLY, ShardReader
 from storage_specs.shard_table import ShardTable
 from storage_specs.textless import CorpusTexts, restored
@@ -31,17 +31,25 @@ RECORDS_KEPT = 64  # of shards whose documents are read one by one
 def open_cache(
     path: str | os.PathLike[str],
     ids: bool = True,
+    *,
     corpus: "str | os.PathLike[str] | Sequence[Document] | None" = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache_bytes: int | None = None,
 ) -> "Cache":
     """A finished cache, at a folder or URL. With `ids=False` the ids' objects are never opened and `token_ids` is None.
 
-    corpus: what gives the texts of a cache that keeps none (`textless.CorpusTexts`); it is read once, here, and
-    CorpusError raised where it lacks documents. Without it only the rows of such a cache can be looked at, by `reader`.
-
-    Reads and verifies manifest.json and shards.parquet; shards are read when they are asked for. Raises NotACacheError,
-    IncompleteCacheError, SpecVersionError, the kinds of CorruptCacheError, and ConfigError for URLs of no known store.
+    Reads and verifies manifest.json and shards.parquet; shards are read when they are asked for. corpus: what gives the
+    texts of a cache that keeps none (`textless.CorpusTexts`), read once, here; without it no document of such a cache
+    can be read. What is read from a URL is kept in the folder `cache_dir` (default: the environment's
+    TEACH_ONCE_CACHE_DIR, else nothing is kept), at most `cache_bytes` of it (default: TEACH_ONCE_CACHE_BYTES, else 32
+    GiB); the processes of a host share it. Raises NotACacheError, IncompleteCacheError, SpecVersionError, the kinds of
+    CorruptCacheError, CorpusError (it lacks documents), StoreUnavailableError, StoreAccessError, and ConfigError for
+    URLs of no known store.
     """
-    objects = open_objects(path)
+    return _open(_objects_of(path, cache_dir, cache_bytes), ids, corpus)
+
+
+def _open(objects: Objects, ids: bool, corpus: "str | os.PathLike[str] | Sequence[Document] | None" = None) -> "Cache":
     manifest = read_manifest(objects)
     table = shard_table.table_from_object(objects.fetch(manifest.shards))
     counts = {
@@ -57,6 +65,25 @@ def open_cache(
                 f"{WRITTEN_WRONGLY}"
             )
     return Cache(objects, manifest, table, ids, corpus)
+
+
+def _objects_of(
+    path: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None, cache_bytes: int | None
+) -> Objects:
+    """The objects at a place, behind a disk cache where the place is remote and a folder for it is named."""
+    objects = open_objects(path)
+    cache_dir = cache_dir or os.environ.get("TEACH_ONCE_CACHE_DIR")
+    if not cache_dir or not is_url(path):
+        return objects
+    from storage_specs.disk_cache import DEFAULT_BYTES, DiskCache
+
+    if cache_bytes is None:
+        text = os.environ.get("TEACH_ONCE_CACHE_BYTES", str(DEFAULT_BYTES))
+        try:
+            cache_bytes = int(text)
+        except ValueError:
+            raise ConfigError(f"TEACH_ONCE_CACHE_BYTES is {text!r}: expected a number of bytes") from None
+    return DiskCache(objects, cache_dir, cache_bytes)
 
 
 class Cache:
@@ -116,7 +143,7 @@ class Cache:
         return f"<Cache {self.path}: {len(self)} documents, {self.manifest.counts['rows']} rows, k {self.manifest.k}>"
 
     def __reduce__(self) -> tuple:
-        return open_cache, (self.path, self.with_ids, self._corpus)
+        return _open, (self._objects, self.with_ids, self._corpus)
 
     def shard(self, shard: int) -> list[CachedDocument]:
         """All documents of one shard."""

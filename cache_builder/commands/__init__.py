@@ -12,5 +12,6 @@ SUMMARY = {
     "merge": "make one cache of many of the same teacher",
     "convert": "write a cache in the other store, bit for bit the same",
     "verify": "check every stored byte of a cache",
+    "push": "copy a finished cache to another folder or object store, or from there",
     "inspect": "say what is in a cache, and what its columns cost",
 }
