@@ -7,6 +7,7 @@ where its own id is the same, and what is read again is what was scored, or noth
 
 import os
 import tempfile
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -46,6 +47,7 @@ class CorpusTexts:
     def __init__(self, corpus: str | os.PathLike[str] | Sequence[Document], wanted: Collection[str]) -> None:
         self.corpus = corpus
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  open as long as this object lives
+        weakref.finalize(self, self._file.close)
         self._places: dict[str, tuple[int, int]] = {}
         missing = set(wanted)
         for document in _documents(corpus):
