@@ -20,7 +20,7 @@ SUMMARY = {
     "align-report": "what a student would learn from a cache, and where not, before anything is trained",
     "evaluate": "held-out bits per byte of students and of the teacher",
 }
-RUN = ("model_name_or_path", "cache", "cache_dir", "cache_bytes", "dtype")
+RUN = ("model_name_or_path", "cache", "corpus", "cache_dir", "cache_bytes", "dtype")
 EXPECTED = ("cache_id", "teacher_name", "teacher_tokenizer_digest")
 
 
@@ -54,6 +54,7 @@ def train_parser() -> Parser:
     add = parser.add_argument
     add("--model_name_or_path", required=True, metavar="MODEL", help="hub name or local folder of the student")
     add("--cache", required=True, metavar="PLACE", help="a finished cache: folder or URL (s3://, gs://, az://, hf://)")
+    add("--corpus", metavar="PATH", help="the texts of a cache that keeps none: what it was built from")
     add("--cache_dir", metavar="DIR", help="keep on this disk what is read of a remote cache ($TEACH_ONCE_CACHE_DIR)")
     add("--cache_bytes", type=int, metavar="N", help="at most that much of it ($TEACH_ONCE_CACHE_BYTES, 32 GiB)")
     add("--output_dir", required=True, metavar="DIR", help="checkpoints and the trained student")
@@ -104,6 +105,7 @@ def evaluate_parser() -> Parser:
     )
     add = parser.add_argument
     add("--cache", required=True, metavar="PLACE", help="a finished cache: folder or URL (s3://, gs://, az://, hf://)")
+    add("--corpus", metavar="PATH", help="the texts of a cache that keeps none: what it was built from")
     add(
         "--model",
         required=True,
@@ -128,6 +130,7 @@ def align_report_parser() -> Parser:
     )
     add = parser.add_argument
     add("--cache", required=True, metavar="PLACE", help="a finished cache: folder or URL (s3://, gs://, az://, hf://)")
+    add("--corpus", metavar="PATH", help="the texts of a cache that keeps none: what it was built from")
     add("--student", required=True, metavar="MODEL", help="hub name or folder; only its tokenizer is loaded")
     add("--html", type=Path, metavar="FILE", help="write the report as one HTML file")
     add("--json", action="store_true", help="print one JSON object")
@@ -146,8 +149,9 @@ def _align_report(arguments: Sequence[str]) -> int:
     from distill.dataset import CachedDocuments
     from distill.report_format import as_html, as_text
     from distill.train import load_tokenizer
+    from storage_specs.reader import open_cache
 
-    documents = CachedDocuments(namespace.cache)
+    documents = CachedDocuments(open_cache(namespace.cache, corpus=namespace.corpus))
     documents.numbers = documents.numbers[: namespace.max_documents]
     facts = alignment_report(
         documents,
@@ -195,9 +199,10 @@ def _evaluate(arguments: Sequence[str]) -> int:
     template = None if namespace.chat_template is None else _read(namespace.chat_template)
     template_kwargs = _json_object("--chat_template_kwargs", namespace.chat_template_kwargs)
     from distill.evaluate import evaluate, table, write_figures
+    from storage_specs.reader import open_cache
 
     figures = evaluate(
-        namespace.cache,
+        open_cache(namespace.cache, corpus=namespace.corpus),
         models,
         max_length=namespace.max_length,
         batch_size=namespace.batch_size,

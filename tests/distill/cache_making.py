@@ -95,6 +95,7 @@ def write_cache(
     vocab_size: int = 300,
     documents_per_shard: int = 4,
     teacher_name: str = "tiny-teacher",
+    text: bool = True,
 ) -> Path:
     """A finished cache of these documents: coordinates of `teacher_tokenizer`, random rows over 300 words."""
     cached = [
@@ -113,6 +114,7 @@ def write_cache(
         vocab_size=vocab_size,
         windows={"max_model_len": 512, "overlap": 64},
         vocabulary=Vocabulary(token_bytes=words, special_roles={0: "eos"}) if k_ids else None,
+        text=text,
     )
     plan = make_plan(cached, documents_per_shard)
     writer = CacheWriter(path, settings, plan)
