@@ -6,9 +6,11 @@ ranks, in one micro-batch or in many. The last incomplete global batch of an epo
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
+from transformers import TrainerCallback
 
 from storage_specs.errors import ConfigError
 
@@ -88,3 +90,13 @@ class EpochBatches(Sampler[list[int]]):
 def _permutation(random: np.random.Philox, count: int) -> np.ndarray:
     """A permutation from the generator's raw bits, which numpy keeps stable across versions (not so its shuffles)."""
     return np.argsort(random.random_raw(count), kind="stable")
+
+
+class SetEpoch(TrainerCallback):
+    """Tells the sampler its epoch from the step number, which is exact after resuming, mid-epoch or between epochs."""
+
+    def __init__(self, batches: EpochBatches) -> None:
+        self.batches = batches
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.batches.set_epoch(state.global_step // self.batches.steps)

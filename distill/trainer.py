@@ -1,6 +1,6 @@
 """`transformers.Trainer` on a cache: CE + ULD + mapped, exact under accumulation and ranks, resumable to the batch.
 
-Legend: R labels, N compared rows, V student vocabulary.
+Legend: R labels, V student vocabulary.
 """
 
 from collections.abc import Iterator
@@ -26,17 +26,12 @@ from distill.collator import Batch, DistillationCollator
 from distill.comparison import Comparison, compare
 from distill.config import DistillationConfig
 from distill.dataset import CachedDocuments
-from distill.fused import row_losses
 from distill.head import picked_logits
-from distill.merged import log_scale_of, merged_uld_loss
 from distill.progress import TokenProgress
-from distill.sampler import EpochBatches
-from distill.teacher_rows import TeacherRows
+from distill.sampler import EpochBatches, SetEpoch
+from distill.step_log import StepLog, batch_counts
+from distill.step_loss import TERMS, StepLoss
 from storage_specs.errors import CheckpointError, ConfigError, NonFiniteLossError, TeachOnceError
-
-# What is summed over rows; the last is no loss but how far ULD may be off: the mean width of its certificate.
-TERMS = ("ce", "uld", "mapped", "uld_width")
-COUNTS = ("labels", "pairs", "teacher_rows", "tokens")
 
 
 class CachedDistillationTrainer(Trainer):
@@ -86,12 +81,10 @@ class CachedDistillationTrainer(Trainer):
         self.batches = self._epoch_batches()
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        self.add_callback(_SetEpoch(self.batches))
-        self.add_callback(TokenProgress(self))
-        self.tokens_seen = 0
-        self._sums = torch.zeros(len(TERMS))
-        self._counts = torch.zeros(len(COUNTS), dtype=torch.float64)
-        self._steps_summed = 0
+        self.step_loss = StepLoss(args)
+        self.step_log = StepLog(len(TERMS))
+        self.add_callback(SetEpoch(self.batches))
+        self.add_callback(TokenProgress(self.step_log))
 
     # ---- batches
 
@@ -123,25 +116,10 @@ class CachedDistillationTrainer(Trainer):
             self.control.should_training_stop = True
             return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = torch.tensor(
-            [
-                [
-                    len(batch["label_index_R"]),
-                    len(batch.get("student_index_N", ())),
-                    batch["teacher_rows"],
-                    int(batch["attention_mask"].sum()),
-                ]
-                for batch in batches
-            ],
-            dtype=torch.float64,
-        ).sum(0)
-        weights = sum(
-            (self._weight_sums(batch) for batch in batches), torch.zeros(2, dtype=torch.float64)
-        )  # on the CPU still: no waiting for a GPU
-        counts, weights = self._over_ranks(counts), self._over_ranks(weights)
-        self.tokens_seen += int(counts[COUNTS.index("tokens")])
-        self._counts += counts
-        self._steps_summed += 1
+        zeros = torch.zeros(2, dtype=torch.float64)
+        # on the CPU still: no waiting for a GPU
+        weights = self._over_ranks(sum((self.step_loss.weight_sums(batch) for batch in batches), zeros))
+        self.step_log.add_counts(self._over_ranks(sum(batch_counts(batch) for batch in batches)))
         return batches, weights.clamp(min=1).to(device, torch.float32)
 
     def _over_ranks(self, values: torch.Tensor) -> torch.Tensor:
@@ -150,18 +128,6 @@ class CachedDistillationTrainer(Trainer):
         return self.accelerator.reduce(values.to(self.args.device), "sum").cpu()
 
     # ---- loss
-
-    def _row_weights(self, sample_R: torch.Tensor) -> torch.Tensor:
-        """(R,) float64: 1 per row, or with `samples` 1 per document, shared by its rows."""
-        if self.args.loss_normalization == "tokens":
-            return torch.ones(len(sample_R), dtype=torch.float64, device=sample_R.device)
-        rows_per_sample = torch.bincount(sample_R).clamp(min=1)
-        return 1 / rows_per_sample[sample_R].to(torch.float64)
-
-    def _weight_sums(self, batch: Batch) -> torch.Tensor:
-        """(2,) float64: the weights of a micro-batch's labels and compared rows."""
-        samples = (batch["label_sample_R"], batch.get("sample_N", batch["label_sample_R"][:0]))
-        return torch.stack([self._row_weights(sample).sum() for sample in samples])
 
     def compute_loss(
         self,
@@ -173,9 +139,12 @@ class CachedDistillationTrainer(Trainer):
         """This micro-batch's share of the step's loss (all of it where `num_items_in_batch` is None)."""
         divisor = num_items_in_batch
         if divisor is None:
-            divisor = self._weight_sums(inputs).clamp(min=1)
-        terms = self._terms(model, inputs) / divisor.to(inputs["input_ids"].device)[[0, 1, 1, 1]]
-        loss = (terms.new_tensor(self._term_weights()) * terms).sum()
+            divisor = self.step_loss.weight_sums(inputs).clamp(min=1)
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        fed = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        logits_RV = picked_logits(model, head, fed, inputs["label_index_R"])
+        terms = self.step_loss.terms(logits_RV, inputs) / divisor.to(inputs["input_ids"].device)[[0, 1, 1, 1]]
+        loss = (terms.new_tensor(self.step_loss.term_weights) * terms).sum()
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
                 f"the loss is {loss.item()} at step {self.state.global_step} "
@@ -183,76 +152,15 @@ class CachedDistillationTrainer(Trainer):
                 f"batch of documents {', '.join(inputs['doc_ids'])}: lower --learning_rate or set --max_grad_norm, and "
                 "look at these documents; checkpoints before this step are intact"
             )
-        self._sums = self._sums.to(terms.device) + terms.detach()
+        self.step_log.add_terms(terms)
         # DDP and FSDP average gradients over ranks, and the divisor is of all ranks already.
         loss = loss * self.accelerator.num_processes
         return (loss, {"terms": terms.detach()}) if return_outputs else loss
 
-    def _term_weights(self) -> list[float]:
-        return [self.args.ce_weight, self.args.uld_weight, self.args.mapped_weight, 0.0]
-
-    def _terms(self, model: torch.nn.Module, inputs: Batch) -> torch.Tensor:
-        """(4,) float32 weighted sums over rows of `TERMS`, in one pass over the logits; terms of weight 0 are 0."""
-        head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        fed = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        logits_RV = picked_logits(model, head, fed, inputs["label_index_R"])
-        if self.args.align == "merge" and self.args.kd_weight:
-            return self._merged_terms(logits_RV, inputs)
-        rows: dict[str, Any] = {}
-        kd_weight_R = logits_RV.new_zeros(len(logits_RV), dtype=torch.float32)
-        if self.args.kd_weight:
-            # The teacher's rows at the compared ones of the R labels; nothing, of weight 0, at the others. No label is
-            # compared twice.
-            compared_N = torch.searchsorted(inputs["label_index_R"], inputs["student_index_N"])
-            kd_weight_R[compared_N] = self._row_weights(inputs["sample_N"]).float()
-            probs_NK, tail_N = inputs["teacher_probs_NK"], inputs["teacher_tail_N"]
-            probs_RK = probs_NK.new_zeros(len(logits_RV), probs_NK.shape[1]).index_copy_(0, compared_N, probs_NK)
-            tail_R = tail_N.new_ones(len(logits_RV)).index_copy_(0, compared_N, tail_N)
-            rows = {"teacher": TeacherRows(probs_NK=probs_RK, tail_N=tail_R), "uld": self.args.uld_weight > 0}
-            if self.args.mapped_weight:
-                words_NI = inputs["words_NI"]
-                words_RI = words_NI.new_full((len(logits_RV), words_NI.shape[1]), -1)
-                rows["words_NI"] = words_RI.index_copy_(0, compared_N, words_NI)
-        losses = row_losses(logits_RV, labels_N=inputs["label_ids_R"], **rows)
-        ce = (self._row_weights(inputs["label_sample_R"]).float() * losses.ce_N).sum()
-        uld_width_R = None if losses.uld_N is None else losses.upper_N - losses.lower_N
-        compared = [
-            ce.new_zeros(()) if loss_R is None else (kd_weight_R * loss_R).sum()
-            for loss_R in (losses.uld_N, losses.mapped_N, uld_width_R)
-        ]
-        return torch.stack([ce, *compared])
-
-    def _merged_terms(self, logits_RV: torch.Tensor, inputs: Batch) -> torch.Tensor:
-        """As `_terms`, with groups for rows: CE's own log-probabilities are the factors of a group."""
-        nats_R = row_losses(logits_RV, labels_N=inputs["label_ids_R"]).ce_N
-        weight_N = self._row_weights(inputs["sample_N"]).float()
-        earlier_M = torch.searchsorted(inputs["label_index_R"], inputs["earlier_index_M"])
-        last_N = torch.searchsorted(inputs["label_index_R"], inputs["student_index_N"])
-        uld, certificate = merged_uld_loss(
-            logits_RV.index_select(0, last_N),
-            log_scale_of(-nats_R[earlier_M], inputs["earlier_group_M"], len(last_N)),
-            inputs["teacher_probs_NK"],
-            inputs["teacher_tail_N"],
-            weight_N,
-            reduction="sum",
-        )
-        ce = (self._row_weights(inputs["label_sample_R"]).float() * nats_R).sum()
-        width = (weight_N * (certificate.upper_N - certificate.lower_N)).sum()
-        return torch.stack([ce, uld, ce.new_zeros(()), width])
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Beside Trainer's own: each term, and the compared fractions, since the last line."""
-        if "loss" in logs and self._steps_summed:
-            terms = self._over_ranks(self._sums.to(self.args.device)).cpu() / self._steps_summed
-            labels, pairs, teacher_rows, _ = self._counts.tolist()
-            weights = self._term_weights()
-            weights[TERMS.index("uld_width")] = self.args.uld_weight
-            logs |= {name: terms[n].item() for n, name in enumerate(TERMS) if weights[n] or name == "ce"}
-            if self.args.kd_weight:
-                logs["compared_student"] = pairs / max(1, labels)
-                logs["compared_teacher"] = pairs / max(1, teacher_rows)
-            logs["tokens"] = self.tokens_seen
-            self._sums, self._counts, self._steps_summed = torch.zeros_like(self._sums), 0 * self._counts, 0
+        if "loss" in logs and self.step_log.steps:
+            logs |= self.step_log.line(TERMS, self.step_loss.log_weights, self._over_ranks, bool(self.args.kd_weight))
         super().log(logs, start_time)
 
     # ---- checkpoints
@@ -306,13 +214,3 @@ def _setting_up() -> Iterator[None]:
         raise
     except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"training arguments: {type(error).__name__}: {error}") from error
-
-
-class _SetEpoch(TrainerCallback):
-    """Tells the sampler its epoch from the step number, which is exact after resuming, mid-epoch or between epochs."""
-
-    def __init__(self, batches: EpochBatches) -> None:
-        self.batches = batches
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.batches.set_epoch(state.global_step // self.batches.steps)

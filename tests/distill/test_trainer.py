@@ -71,7 +71,7 @@ def test_log_tells_each_term_apart(cache_path, student_path, tmp_path):
     assert 0 < line["uld_width"] <= 2
     assert 0 < line["compared_student"] <= 1
     assert 0 < line["compared_teacher"] <= 1
-    assert line["tokens"] == one.tokens_seen > 0
+    assert line["tokens"] == one.step_log.tokens_seen > 0
     assert one.comparison.pairs > 0
     assert "of the teacher's rows" in str(one.comparison)
     assert "find a student word" in str(one.comparison)
