@@ -50,6 +50,7 @@ class DistillationCollator:
         self.tokenizer = tokenizer
         self.config = config
         self.word_map = word_map_of(cache, tokenizer) if config.mapped_weight else None
+        self.k, self.k_ids = cache.manifest.k, cache.manifest.k_ids
         self.pad_id = next(
             (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
         )  # masked, so any id will do
@@ -115,7 +116,7 @@ class DistillationCollator:
             tails.append(document.tail_mass[row_N] * np.reshape(scale_N1, -1))
             if self.word_map is not None:
                 words.append(self.word_map.words_U[document.token_ids[row_N]])
-        k, ranks = documents[0].probs.shape[1], 0 if self.word_map is None else documents[0].token_ids.shape[1]
+        k, ranks = self.k, self.k_ids
         columns = {
             "student_index_N": _joined(student),
             "sample_N": _joined(samples),

@@ -9,6 +9,8 @@ from distill.alignment import MODES
 from storage_specs.errors import ConfigError
 
 NORMALIZATIONS = ("tokens", "samples")
+ON_CORRUPT = ("stop", "quarantine")
+STRATEGIES = ("random", "group_by_length")
 
 
 @dataclass
@@ -44,6 +46,13 @@ class DistillationConfig(TrainingArguments):
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "JSON arguments of the student's chat template"}
+    )
+    on_corrupt: str = field(
+        default="stop",
+        metadata={
+            "help": "a shard that breaks during training: stop with a checkpoint | quarantine: leave its documents out "
+            "and list them in quarantine.jsonl"
+        },
     )
     # Batches hold documents, not columns; nothing may be removed from them.
     remove_unused_columns: bool = field(
@@ -88,6 +97,12 @@ class DistillationConfig(TrainingArguments):
         if self.loss_normalization not in NORMALIZATIONS:
             raise ConfigError(
                 f"loss_normalization is {self.loss_normalization!r}: must be one of {', '.join(NORMALIZATIONS)}"
+            )
+        if self.on_corrupt not in ON_CORRUPT:
+            raise ConfigError(f"on_corrupt is {self.on_corrupt!r}: must be one of {', '.join(ON_CORRUPT)}")
+        if self.train_sampling_strategy not in STRATEGIES:
+            raise ConfigError(
+                f"train_sampling_strategy is {self.train_sampling_strategy!r}: must be one of {', '.join(STRATEGIES)}"
             )
         if self.max_length < 2:
             raise ConfigError(f"max_length is {self.max_length}: a window holds at least one token and the next")

@@ -37,7 +37,7 @@ class TokenProgress(TrainerCallback):
         if self.bar is not None and logs and "loss" in logs:
             shown = [
                 f"{name} {logs[name]:.4g}"
-                for name in ("loss", "ce", "uld", "mapped", "compared_student", "learning_rate")
+                for name in ("loss", "ce", "uld", "mapped", "compared_student", "data_wait", "learning_rate")
                 if name in logs
             ]
             line = f"step {state.global_step}/{state.max_steps}  {'  '.join(shown)}  tokens {logs['tokens']:,}"

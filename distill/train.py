@@ -23,7 +23,7 @@ from transformers import (
 
 from distill.checkpoint import begin, last_whole_checkpoint, saving, write_record
 from distill.collator import DistillationCollator
-from distill.comparison import compare
+from distill.comparison import SAMPLE_DOCUMENTS, compare
 from distill.config import DistillationConfig
 from distill.dataset import CachedDocuments
 from distill.trainer import CachedDistillationTrainer
@@ -39,8 +39,8 @@ NOT_THE_RUN = re.compile(
     "output_dir|log_.*|logging_.*|disable_tqdm|report_to|run_name|project|trackio_.*|debug|skip_memory_metrics|"
     "save_.*|enable_jit_checkpoint|resume_from_checkpoint|restore_callback_states_from_checkpoint|push_to_hub|hub_.*|"
     "eval_.*|per_device_eval_batch_size|prediction_loss_only|include_.*|batch_eval_metrics|load_best_model_at_end|"
-    "metric_for_best_model|greater_is_better|do_.*|dataloader_.*|gradient_checkpointing.*|torch_empty_cache_steps|"
-    "use_cpu|local_rank|ddp_.*|average_tokens_across_devices|per_device_train_batch_size|gradient_accumulation_steps"
+    "metric_for_best_model|greater_is_better|do_.*|dataloader_(?!drop_last).*|on_corrupt|gradient_checkpointing.*|"
+    "torch_empty_cache_steps|use_cpu|local_rank|ddp_.*|average_tokens_across_devices|per_device_train_batch_size|gradient_accumulation_steps"
 )
 
 
@@ -78,7 +78,7 @@ def train(run: TrainingRun) -> dict[str, Any]:
     if config.chat_template is not None:
         tokenizer.chat_template = config.chat_template
     collator = DistillationCollator(tokenizer, config, documents.cache)
-    comparison = compare(documents, collator) if config.kd_weight else None
+    comparison = compare(documents.sample(SAMPLE_DOCUMENTS), collator) if config.kd_weight else None
     if comparison is not None:
         say(config, str(comparison))
     model = load_model(run.model_name_or_path, run.dtype)
@@ -115,6 +115,12 @@ def train(run: TrainingRun) -> dict[str, Any]:
     record = {"run": identity, "finished": True, "steps": trainer.state.global_step}
     if comparison is not None:
         record["comparison"] = asdict(comparison)
+    if documents.quarantine is not None and (lost := documents.quarantine.summary()):
+        record["quarantined"] = lost
+        say(
+            config,
+            f"left out as broken: {len(lost['shards'])} shards with {lost['documents']} documents, {lost['rows']} rows",
+        )
     if config.should_save:
         write_record(output_dir, record)
     say(config, f"finished: {output_dir}")

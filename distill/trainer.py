@@ -23,15 +23,19 @@ from distill.checkpoint import (
     write_record,
 )
 from distill.collator import Batch, DistillationCollator
-from distill.comparison import Comparison, compare
+from distill.comparison import SAMPLE_DOCUMENTS, Comparison, compare
 from distill.config import DistillationConfig
 from distill.dataset import CachedDocuments
+from distill.finite import FiniteLosses
 from distill.head import picked_logits
+from distill.prefetch import Prefetched
 from distill.progress import TokenProgress
+from distill.quarantine import Quarantine
+from distill.ranks import RankSums
 from distill.sampler import EpochBatches, SetEpoch
-from distill.step_log import StepLog, batch_counts
+from distill.step_log import NO_COUNTS, StepLog, batch_counts
 from distill.step_loss import TERMS, StepLoss
-from storage_specs.errors import CheckpointError, ConfigError, NonFiniteLossError, TeachOnceError
+from storage_specs.errors import CheckpointError, ConfigError, CorruptCacheError, TeachOnceError
 
 
 class CachedDistillationTrainer(Trainer):
@@ -79,10 +83,15 @@ class CachedDistillationTrainer(Trainer):
         self.comparison = comparison
         self.run = (run or {}) | {"cache_id": train_dataset.cache.manifest.cache_id}
         self.batches = self._epoch_batches()
+        if args.on_corrupt == "quarantine":
+            train_dataset.quarantine = Quarantine(Path(args.output_dir))
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.step_loss = StepLoss(args)
         self.step_log = StepLog(len(TERMS))
+        self.over_ranks = RankSums(self.accelerator.num_processes)
+        self.finite = FiniteLosses()
+        self._prefetched: Prefetched[Batch] | None = None
         self.add_callback(SetEpoch(self.batches))
         self.add_callback(TokenProgress(self.step_log))
 
@@ -97,6 +106,8 @@ class CachedDistillationTrainer(Trainer):
             ranks=self.accelerator.num_processes,
             rank=self.accelerator.process_index,
             seed=args.seed if args.data_seed is None else args.data_seed,
+            drop_last=args.dataloader_drop_last,
+            lengths=self.train_dataset.text_bytes if args.train_sampling_strategy == "group_by_length" else None,
         )
 
     def get_train_dataloader(self) -> DataLoader:
@@ -106,26 +117,58 @@ class CachedDistillationTrainer(Trainer):
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            generator=torch.Generator(),  # draws nothing from the one that dropout uses
         )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor | None]:
-        """All micro-batches of a step, and what CE and the teacher's terms are divided by, summed over ranks."""
+        """All micro-batches of a step, and (2,) float64 on the CPU: what CE and the teacher's terms are divided by,
+        summed over ranks. Where one rank's batches cannot be had, all stop, with a checkpoint."""
         if self.state.global_step >= self.state.max_steps:  # resumed from the very last checkpoint: nothing is left
             self.control.should_training_stop = True
             return [], None
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        zeros = torch.zeros(2, dtype=torch.float64)
-        # on the CPU still: no waiting for a GPU
-        weights = self._over_ranks(sum((self.step_loss.weight_sums(batch) for batch in batches), zeros))
-        self.step_log.add_counts(self._over_ranks(sum(batch_counts(batch) for batch in batches)))
-        return batches, weights.clamp(min=1).to(device, torch.float32)
+        if self._prefetched is None or self._prefetched.source is not epoch_iterator:
+            self._stop_prefetching()
+            self._prefetched = Prefetched(epoch_iterator)
+        weights, counts, batches, failure = torch.zeros(2, dtype=torch.float64), NO_COUNTS, [], None
+        waited_before = self._prefetched.waited
+        try:
+            batches, _ = super().get_batch_samples(self._prefetched, num_batches, device)
+            weights = sum((self.step_loss.weight_sums(batch) for batch in batches), weights)
+            counts = sum((batch_counts(batch) for batch in batches), counts)
+        except TeachOnceError as error:
+            failure = error
+        self.step_log.add_wait(self._prefetched.waited - waited_before)
+        failed = torch.tensor([failure is not None], dtype=torch.float64)
+        weights, counts, failed = self.over_ranks(torch.cat([weights, counts, failed])).split([2, len(counts), 1])
+        if failed:
+            self._stop_without_batches(failure)
+        self.step_log.add_counts(counts)
+        return batches, weights.clamp(min=1)
 
-    def _over_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        if self.accelerator.num_processes == 1:
-            return values
-        return self.accelerator.reduce(values.to(self.args.device), "sum").cpu()
+    def _stop_prefetching(self) -> None:
+        if self._prefetched is not None:
+            self._prefetched.close()
+            self._prefetched = None
+
+    def _stop_without_batches(self, failure: TeachOnceError | None) -> None:
+        """Keep what was learned, then raise; failure: this rank's, or None where it was another's."""
+        step = self.state.global_step
+        if step and self.last_saved_step() != step:
+            self._save_checkpoint(self.model_wrapped, None)
+        after = f"training stopped after step {step}, from which the same command resumes"
+        if failure is None:
+            raise CorruptCacheError(f"another process could not read its documents (its error says why); {after}")
+        if isinstance(failure, CorruptCacheError):
+            after += "; repair the cache, or leave broken shards out with --on_corrupt quarantine"
+        raise type(failure)(f"{failure}; {after}") from failure
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Trainer's; tensors in pinned memory are sent to the GPU without waiting for it."""
+        if isinstance(data, torch.Tensor) and data.is_pinned():
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     # ---- loss
 
@@ -139,28 +182,28 @@ class CachedDistillationTrainer(Trainer):
         """This micro-batch's share of the step's loss (all of it where `num_items_in_batch` is None)."""
         divisor = num_items_in_batch
         if divisor is None:
-            divisor = self.step_loss.weight_sums(inputs).clamp(min=1)
+            divisor = self.step_loss.weight_sums(inputs).clamp(min=1).cpu()
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         fed = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         logits_RV = picked_logits(model, head, fed, inputs["label_index_R"])
-        terms = self.step_loss.terms(logits_RV, inputs) / divisor.to(inputs["input_ids"].device)[[0, 1, 1, 1]]
-        loss = (terms.new_tensor(self.step_loss.term_weights) * terms).sum()
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the loss is {loss.item()} at step {self.state.global_step} "
-                f"({', '.join(f'{name} {term:.4g}' for name, term in zip(TERMS, terms.tolist(), strict=True))}) in the "
-                f"batch of documents {', '.join(inputs['doc_ids'])}: lower --learning_rate or set --max_grad_norm, and "
-                "look at these documents; checkpoints before this step are intact"
-            )
+        terms = self.step_loss.terms(logits_RV, inputs) * self._sent(1 / divisor[[0, 1, 1, 1]])
+        loss = (self._sent(self.step_loss.term_weights) * terms).sum()
+        self.finite.watch(loss, terms, TERMS, inputs["doc_ids"], self.state.global_step)
         self.step_log.add_terms(terms)
         # DDP and FSDP average gradients over ranks, and the divisor is of all ranks already.
         loss = loss * self.accelerator.num_processes
         return (loss, {"terms": terms.detach()}) if return_outputs else loss
 
+    def _sent(self, values: Any) -> torch.Tensor:
+        """A few numbers as float32 on the training device, without waiting for it."""
+        sent = torch.as_tensor(values, dtype=torch.float32)
+        return self._prepare_input(sent.pin_memory() if self.args.device.type == "cuda" else sent)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Beside Trainer's own: each term, and the compared fractions, since the last line."""
+        """Beside Trainer's own: each term, the compared fractions, the waiting for data, since the last line."""
+        self.finite.check()
         if "loss" in logs and self.step_log.steps:
-            logs |= self.step_log.line(TERMS, self.step_loss.log_weights, self._over_ranks, bool(self.args.kd_weight))
+            logs |= self.step_log.line(TERMS, self.step_loss.log_weights, self.over_ranks, bool(self.args.kd_weight))
         super().log(logs, start_time)
 
     # ---- checkpoints
@@ -174,8 +217,13 @@ class CachedDistillationTrainer(Trainer):
         if resume_from_checkpoint:
             check_checkpoint(Path(resume_from_checkpoint), self.run)
         if self.args.kd_weight and self.comparison is None:
-            self.comparison = compare(self.train_dataset, self.data_collator)
-        return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **options)
+            self.comparison = compare(self.train_dataset.sample(SAMPLE_DOCUMENTS), self.data_collator)
+        try:
+            output = super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **options)
+        finally:
+            self._stop_prefetching()
+        self.finite.check()
+        return output
 
     def create_optimizer(self, *arguments: Any, **options: Any) -> torch.optim.Optimizer:
         """Trainer's; packages that an optimizer needs are missed only here. Raises ConfigError."""
@@ -189,6 +237,7 @@ class CachedDistillationTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Trainer's, then the record that makes it whole; older ones are removed only after that."""
+        self.finite.check()
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -203,6 +252,11 @@ class CachedDistillationTrainer(Trainer):
             write_record(folder, {"run": self.run, "step": self.state.global_step})
             if keep:
                 remove_old_checkpoints(folder.parent, keep, self.state.best_model_checkpoint)
+
+    def last_saved_step(self) -> int | None:
+        """The step of the newest whole checkpoint."""
+        newest = last_whole_checkpoint(Path(self.args.output_dir))
+        return None if newest is None else int(newest.name.rpartition("-")[2])
 
 
 @contextmanager

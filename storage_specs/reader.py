@@ -26,8 +26,9 @@ DECODED_SHARDS_KEPT = 4  # per open cache; a shard in memory costs its decompres
 _WRITTEN_WRONGLY = "the cache was written wrongly: rebuild it, and please report this"
 
 
-def open_cache(path: str | os.PathLike[str], ids: bool = True) -> "Cache":
-    """A finished cache. With `ids=False` the ids' objects are never opened and `token_ids` is None.
+def open_cache(path: str | os.PathLike[str], ids: bool = True, shards_kept: int = DECODED_SHARDS_KEPT) -> "Cache":
+    """A finished cache. With `ids=False` the ids' objects are never opened and `token_ids` is None. shards_kept: the
+    last few decoded shards stay in memory.
 
     Reads and verifies manifest.json and shards.parquet; shards are read when they are asked for. Raises NotACacheError,
     IncompleteCacheError, SpecVersionError, and the kinds of CorruptCacheError.
@@ -47,18 +48,20 @@ def open_cache(path: str | os.PathLike[str], ids: bool = True) -> "Cache":
                 f"{shard_table.NAME}: {found} {name}, but the manifest counts {manifest.counts[name]}; "
                 f"{_WRITTEN_WRONGLY}"
             )
-    return Cache(objects, manifest, table, ids)
+    return Cache(objects, manifest, table, ids, shards_kept)
 
 
 class Cache:
     """An opened cache: a sequence of documents, and the same documents by shard. Made by `open_cache`.
 
     path: pathlib.Path. manifest: Manifest. doc_ids: of every document, in order. rows_D, text_bytes_D: (D,) int64 of
-    every document. documents_per_shard: list of int. None of these reads a shard. The last few decoded shards are kept
-    (`DECODED_SHARDS_KEPT`). Threads may share it; a copy in another process (fork or pickle) works too.
+    every document. documents_per_shard: list of int. None of these reads a shard. The last decoded shards are kept
+    (`shards_kept`). Threads may share it; a copy in another process (fork or pickle) works too.
     """
 
-    def __init__(self, objects: LocalObjects, manifest: Manifest, table: ShardTable, ids: bool) -> None:
+    def __init__(
+        self, objects: LocalObjects, manifest: Manifest, table: ShardTable, ids: bool, shards_kept: int
+    ) -> None:
         self.path, self.manifest = objects.root, manifest
         self.doc_ids: list[str] = list(table.doc_ids)
         self.rows_D, self.text_bytes_D = table.rows, table.text_bytes
@@ -67,9 +70,8 @@ class Cache:
         self.table = table
         self._objects = objects
         # lru_cache takes no lock that a fork could leave taken; two threads at most read a shard twice.
-        self._columns = lru_cache(DECODED_SHARDS_KEPT)(
-            partial(read_columns, objects, manifest, table, ids=self.with_ids)
-        )
+        self._shards_kept = shards_kept
+        self._columns = lru_cache(shards_kept)(partial(read_columns, objects, manifest, table, ids=self.with_ids))
 
     def __len__(self) -> int:
         return len(self.doc_ids)
@@ -91,7 +93,7 @@ class Cache:
         return f"<Cache {self.path}: {len(self)} documents, {self.manifest.counts['rows']} rows, k {self.manifest.k}>"
 
     def __reduce__(self) -> tuple:
-        return open_cache, (self.path, self.with_ids)
+        return open_cache, (self.path, self.with_ids, self._shards_kept)
 
     def shard(self, shard: int) -> list[CachedDocument]:
         """All documents of one shard."""
