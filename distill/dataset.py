@@ -20,9 +20,9 @@ class CachedDocuments(Dataset[CachedDocument]):
 
     Documents without a single teacher row are left out of both. Items are decoded and verified when asked for; asked
     for a `MicroBatch`, the dataset keeps the decoded shards that it names as open and no others, so that an epoch
-    decodes each once. `cache` is an open cache or its folder, of which ids are read only with `ids`; `documents` takes
-    only the first so many. documents_per_shard: (shards,) int64. quarantine: where broken shards go, whose documents
-    are then missing from micro-batches; None = they raise. Raises what `open_cache` raises.
+    decodes each once. `cache` is an open cache, or its folder or URL, of which ids are read only with `ids`;
+    `documents` takes only the first so many. documents_per_shard: (shards,) int64. quarantine: where broken shards go,
+    whose documents are then missing from micro-batches; None = they raise. Raises what `open_cache` raises.
     """
 
     def __init__(

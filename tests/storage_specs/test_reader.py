@@ -26,11 +26,12 @@ from storage_specs.errors import (
     SizeMismatchError,
     SpecVersionError,
 )
-from storage_specs.objects import LocalObjects, StoredObject
+from storage_specs.local_objects import LocalObjects
 from storage_specs.plan import make_plan
 from storage_specs.reader import Cache
 from storage_specs.sealed_json import seal
 from storage_specs.shard_table import table_from_object
+from storage_specs.stored_object import StoredObject
 from storage_specs.writer import CacheWriter
 
 ROOT = Path(__file__).parents[2]
@@ -145,8 +146,7 @@ def test_the_last_shards_stay_decoded(
     monkeypatch.setattr(
         LocalObjects, "fetch", lambda self, stored: (fetched.append(stored.name), real(self, stored))[1]
     )
-    monkeypatch.setattr(reader, "DECODED_SHARDS_KEPT", 2)
-    cache = open_cache(written[0])
+    cache = open_cache(written[0], shards_kept=2)
     fetched.clear()
 
     def shards_read(*numbers: int) -> list[str]:
