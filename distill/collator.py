@@ -3,7 +3,8 @@
 Every document is rendered by the STUDENT's tokenizer and template, cut into windows (nothing is truncated), aligned
 with its teacher rows, and flattened over the batch.
 
-Legend: B windows, L tokens of the longest, R labels, N compared rows, K ranks of the cached head, I ranks with ids.
+Legend: B windows, L tokens of the longest, R labels, N compared rows, K ranks of the cached head, I ranks with ids,
+J bins of the tail, G chunks, M tokens of groups or chunks.
 """
 
 from collections.abc import Sequence
@@ -17,9 +18,9 @@ from distill.alignment import Groups, align, align_groups
 from distill.config import DistillationConfig
 from distill.merged import SMALLEST_FACTOR
 from distill.numerals import numeral_rows
-from distill.word_map import WordMap, map_words
+from distill.word_map import WordMap, map_words, same_words
 from storage_specs.document import CachedDocument, Document
-from storage_specs.errors import ConfigError
+from storage_specs.errors import ConfigError, TokenizerError
 from storage_specs.reader import Cache
 from storage_specs.rendering import render
 from storage_specs.token_alphabet import backend_of
@@ -34,23 +35,33 @@ class DistillationCollator:
     input_ids, attention_mask: (B, L) int64, padded on the right.
     label_index_R: (R,) int64 ascending, positions b * L + i whose logits predict a scored token.
     label_ids_R: (R,) int64, that token. label_sample_R: (R,) int64, its document's number in the batch.
-    With a teacher weight also: student_index_N: (N,) int64, the compared ones of label_index_R; sample_N: (N,) int64;
-    teacher_probs_NK: (N, K) and teacher_tail_N: (N,) float32; with a `mapped_weight` words_NI: (N, I) int64, the
-    student's words of the teacher's ids.
+    With a loss of the teacher's also: student_index_N: (N,) int64, the compared ones of label_index_R; sample_N: (N,)
+    int64; teacher_probs_NK: (N, K) and teacher_tail_N: (N,) float32; of a cache with a sketch teacher_bins_NJ: (N, J)
+    float32; with a loss that needs ids words_NI: (N, I) int64, the student's words of the teacher's ids.
     With align `merge` those N are the last rows of groups, the teacher's values scaled by its gold probabilities before
     them; earlier_index_M: (M,) int64, the student's positions before its last in a group, some of label_index_R;
     earlier_group_M: (M,) int64, their groups.
+    With `likelihood` chunk_index_M: (M,) int64, the student's positions of all tokens of chunks, some of label_index_R;
+    chunk_M: (M,) int64, their chunks; chunk_gold_G: (G,) float32, the teacher's nats; chunk_sample_G: (G,) int64.
     teacher_rows: int, rows of its documents, compared or not. doc_ids: list[str].
 
-    Raises TokenizerError (no fast backend) and ConfigError (`mapped_weight` with a cache without ids).
+    Raises TokenizerError (no fast backend, or another than the teacher's where a loss needs that one) and ConfigError
+    (a loss that needs ids with a cache without, `merge` with a sketch).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DistillationConfig, cache: Cache) -> None:
         backend_of(tokenizer)
         self.tokenizer = tokenizer
         self.config = config
-        self.word_map = word_map_of(cache, tokenizer) if config.mapped_weight else None
         self.k, self.k_ids = cache.manifest.k, cache.manifest.k_ids
+        self.mixture = config.mixture
+        self.word_map = word_map_of(cache, tokenizer, config) if self.mixture.needs_ids else None
+        self.rank_edges = cache.manifest.rank_edges if self.mixture["uld"] else None
+        if self.rank_edges is not None and config.align == "merge":
+            raise ConfigError(
+                f"align is 'merge', and the cache {cache.path} holds its tail as a sketch, which belongs to single "
+                "rows and not to products over groups: use --align boundary"
+            )
         self.pad_id = next(
             (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
         )  # masked, so any id will do
@@ -78,7 +89,7 @@ class DistillationCollator:
             "label_ids_R": _joined([window.target_ids for _, window in windows]),
             "label_sample_R": _joined([np.full(len(window.target_ids), number) for number, window in windows]),
         }
-        if self.config.kd_weight:
+        if self.mixture.of_teacher:
             columns |= self._compared(documents, windows, length)
         return {
             **{name: torch.from_numpy(column) for name, column in columns.items()},
@@ -90,7 +101,7 @@ class DistillationCollator:
         self, documents: Sequence[CachedDocument], windows: list[tuple[int, Window]], length: int
     ) -> dict[str, np.ndarray]:
         """The pairs of every window, and their teacher rows gathered once."""
-        student, samples, probs, tails, words = [], [], [], [], []
+        student, samples, probs, tails, words, bins = [], [], [], [], [], []
         earlier, earlier_groups, groups_before = [], [], 0
         for b, (number, window) in enumerate(windows):
             document = documents[number]
@@ -114,6 +125,8 @@ class DistillationCollator:
             samples.append(np.full(len(row_N), number))
             probs.append(document.probs[row_N] * scale_N1)
             tails.append(document.tail_mass[row_N] * np.reshape(scale_N1, -1))
+            if self.rank_edges is not None:
+                bins.append(document.tail_bins[row_N])
             if self.word_map is not None:
                 words.append(self.word_map.words_U[document.token_ids[row_N]])
         k, ranks = self.k, self.k_ids
@@ -125,19 +138,58 @@ class DistillationCollator:
         }
         if self.config.align == "merge":
             columns |= {"earlier_index_M": _joined(earlier), "earlier_group_M": _joined(earlier_groups)}
+        if self.rank_edges is not None:
+            columns["teacher_bins_NJ"] = np.concatenate([np.zeros((0, len(self.rank_edges) - 1), np.float32), *bins])
         if self.word_map is not None:
             columns["words_NI"] = np.concatenate([np.zeros((0, ranks), np.int64), *words])
+        if self.mixture["likelihood"]:
+            columns |= self._chunks(documents, windows, length)
         return columns
 
+    def _chunks(
+        self, documents: Sequence[CachedDocument], windows: list[tuple[int, Window]], length: int
+    ) -> dict[str, np.ndarray]:
+        """All tokens of both sides between shared boundaries, and the teacher's log-probability of each chunk."""
+        positions, chunks, golds, samples, before = [], [], [], [], 0
+        for b, (number, window) in enumerate(windows):
+            document = documents[number]
+            groups = align_groups(document, window)
+            if self.config.skip_numerals:
+                groups = _without_numerals(groups, document)
+            own_M, chunk_M = _runs(groups.student_first, groups.student_last + 1)
+            row_M, of_row_M = _runs(groups.teacher_first, groups.teacher_last + 1)
+            positions.append(b * length + window.logits_index[own_M])
+            chunks.append(before + chunk_M)
+            golds.append(np.bincount(of_row_M, weights=document.gold_logprob[row_M], minlength=len(groups)))
+            samples.append(np.full(len(groups), number))
+            before += len(groups)
+        return {
+            "chunk_index_M": _joined(positions),
+            "chunk_M": _joined(chunks),
+            "chunk_gold_G": np.concatenate([np.zeros(0), *golds]).astype(np.float32),
+            "chunk_sample_G": _joined(samples),
+        }
 
-def word_map_of(cache: Cache, tokenizer: PreTrainedTokenizerBase) -> WordMap:
-    """The student word of every id in a cache. Raises ConfigError for a cache without ids."""
+
+def word_map_of(cache: Cache, tokenizer: PreTrainedTokenizerBase, config: DistillationConfig) -> WordMap:
+    """The student word of every id in a cache. Raises ConfigError for a cache without ids, TokenizerError for a student
+    whose tokenizer is not the teacher's where a loss needs that."""
+    losses = ", ".join(config.mixture.not_merged)
     if not cache.with_ids:
         raise ConfigError(
-            f"mapped_weight needs the teacher's ids, and the cache {cache.path} has none: build it with --k-ids 16, or "
-            "set --mapped_weight 0"
+            f"--loss {losses} needs the teacher's ids, and the cache {cache.path} has none: build it with --k-ids 16, "
+            "or leave that loss out"
         )
-    return map_words(cache.vocabulary.token_bytes, cache.vocabulary.special_roles, tokenizer)
+    vocabulary = cache.vocabulary
+    if not config.mixture.needs_same_tokenizer:
+        return map_words(vocabulary.token_bytes, vocabulary.special_roles, tokenizer, config.mapping)
+    words = same_words(cache.manifest.tokenizer.get("digest"), vocabulary.token_bytes, tokenizer)
+    if words is None:
+        raise TokenizerError(
+            f"--loss {losses}: the student's tokenizer is not the one of the cache {cache.path} (neither its digest "
+            "nor its vocabulary): use --loss mapped, which compares words across tokenizers"
+        )
+    return words
 
 
 def teacher_scales(document: CachedDocument, groups: Groups) -> np.ndarray:

@@ -34,14 +34,13 @@ class TokenProgress(TrainerCallback):
             self.bar.update(self.counts.tokens_seen - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if self.bar is not None and logs and "loss" in logs:
-            shown = [
-                f"{name} {logs[name]:.4g}"
-                for name in ("loss", "ce", "uld", "mapped", "compared_student", "data_wait", "learning_rate")
-                if name in logs
-            ]
-            line = f"step {state.global_step}/{state.max_steps}  {'  '.join(shown)}  tokens {logs['tokens']:,}"
-            self.bar.write(line, file=sys.stderr)
+        if self.bar is None or not logs or "train_runtime" in logs:
+            return
+        hidden = ("epoch", "step", "grad_norm", "tokens", "num_input_tokens_seen")
+        shown = [f"{name} {value:.4g}" for name, value in logs.items() if name not in hidden]
+        if "tokens" in logs:
+            shown.append(f"tokens {logs['tokens']:,}")
+        self.bar.write(f"step {state.global_step}/{state.max_steps}  {'  '.join(shown)}", file=sys.stderr)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar is not None:

@@ -52,16 +52,15 @@ class StepLog:
     def line(
         self,
         names: Sequence[str],
-        weights: Sequence[float],
         over_ranks: Callable[[torch.Tensor], torch.Tensor],
         with_teacher: bool,
     ) -> dict[str, float]:
-        """Means per step of the named terms of weight, the compared fractions, and `data_wait`: the share of the time
-        since the last line in which this rank waited for data. Then starts anew. Every rank must ask at the same step.
+        """Means per step of the named terms, the compared fractions, and `data_wait`: the share of the time since the
+        last line in which this rank waited for data. Then starts anew. Every rank must ask at the same step.
         """
         terms = over_ranks(self._sums).cpu() / self.steps
         labels, pairs, teacher_rows, _ = self._counts.tolist()
-        line = {name: terms[n].item() for n, name in enumerate(names) if weights[n]}
+        line = dict(zip(names, terms.tolist(), strict=True))
         if with_teacher:
             line["compared_student"] = pairs / max(1, labels)
             line["compared_teacher"] = pairs / max(1, teacher_rows)

@@ -40,7 +40,8 @@ NOT_THE_RUN = re.compile(
     "save_.*|enable_jit_checkpoint|resume_from_checkpoint|restore_callback_states_from_checkpoint|push_to_hub|hub_.*|"
     "eval_.*|per_device_eval_batch_size|prediction_loss_only|include_.*|batch_eval_metrics|load_best_model_at_end|"
     "metric_for_best_model|greater_is_better|do_.*|dataloader_(?!drop_last).*|on_corrupt|gradient_checkpointing.*|"
-    "torch_empty_cache_steps|use_cpu|local_rank|ddp_.*|average_tokens_across_devices|per_device_train_batch_size|gradient_accumulation_steps"
+    "torch_empty_cache_steps|max_eval_documents|probe_steps|use_cpu|local_rank|ddp_.*|average_tokens_across_devices|"
+    "per_device_train_batch_size|gradient_accumulation_steps"
 )
 
 
@@ -68,7 +69,7 @@ def train(run: TrainingRun) -> dict[str, Any]:
     checkpoint was saved on Ctrl-C.
     """
     config, output_dir = run.config, Path(run.config.output_dir)
-    documents = CachedDocuments(run.cache, ids=config.mapped_weight > 0)
+    documents = CachedDocuments(run.cache, ids=config.mixture.needs_ids)
     check_cache(documents.cache.manifest, run.expected or {}, run.cache)
     identity = _identity(run, documents.cache.manifest)
     if not begin(output_dir, identity):
@@ -78,7 +79,7 @@ def train(run: TrainingRun) -> dict[str, Any]:
     if config.chat_template is not None:
         tokenizer.chat_template = config.chat_template
     collator = DistillationCollator(tokenizer, config, documents.cache)
-    comparison = compare(documents.sample(SAMPLE_DOCUMENTS), collator) if config.kd_weight else None
+    comparison = compare(documents.sample(SAMPLE_DOCUMENTS), collator) if config.mixture.of_teacher else None
     if comparison is not None:
         say(config, str(comparison))
     model = load_model(run.model_name_or_path, run.dtype)

@@ -1,8 +1,9 @@
-"""`transformers.Trainer` on a cache: CE + ULD + mapped, exact under accumulation and ranks, resumable to the batch.
+"""`transformers.Trainer` on a cache: CE and losses of the teacher's, exact under accumulation and ranks.
 
 Legend: R labels, V student vocabulary.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,23 +29,26 @@ from distill.config import DistillationConfig
 from distill.dataset import CachedDocuments
 from distill.finite import FiniteLosses
 from distill.head import picked_logits
+from distill.held_out import held_out_documents, held_out_figures
 from distill.prefetch import Prefetched
+from distill.probe import GradientProbe, HarmWatch, warning
 from distill.progress import TokenProgress
 from distill.quarantine import Quarantine
 from distill.ranks import RankSums
 from distill.sampler import EpochBatches, SetEpoch
 from distill.step_log import NO_COUNTS, StepLog, batch_counts
-from distill.step_loss import TERMS, StepLoss
+from distill.step_loss import UNITS, StepLoss
 from storage_specs.errors import CheckpointError, ConfigError, CorruptCacheError, TeachOnceError
 
 
 class CachedDistillationTrainer(Trainer):
-    """Trains a causal language model on a cache: ce_weight * CE + uld_weight * ULD + mapped_weight * mapped.
+    """Trains a causal language model on a cache: the weighted sum of the losses that `args.loss` names.
 
-    CE is divided by its labels and each teacher term by its compared rows, both counted over all micro-batches and
-    ranks of a step before the first backward; with `loss_normalization="samples"` both are means of documents' means.
-    Each term is logged apart, with the compared fractions. `run` says what makes this run itself (cache_id is added to
-    it): checkpoints record it, and one of another run is refused.
+    CE is divided by its labels, each teacher's loss by its compared rows or chunks, all counted over all micro-batches
+    and ranks of a step before the first backward; with `loss_normalization="samples"` all are means of documents'
+    means. Each term is logged apart, with the compared fractions; `probe_steps` adds gradients (`distill.probe`).
+    `evaluate` measures bits per byte of the held-out documents (`eval_dataset`, by default the cache's). `run` says
+    what makes this run itself (cache_id is added to it): checkpoints record it, and one of another run is refused.
 
     Takes what `transformers.Trainer` takes, without the arguments that say where data and losses come from. Raises
     TokenizerError, ConfigError, AlignmentError (nothing to compare), CheckpointError, NonFiniteLossError (naming the
@@ -58,6 +62,7 @@ class CachedDistillationTrainer(Trainer):
         train_dataset: CachedDocuments,
         processing_class: PreTrainedTokenizerBase,
         *,
+        eval_dataset: CachedDocuments | None = None,
         data_collator: DistillationCollator | None = None,
         comparison: Comparison | None = None,
         run: dict[str, Any] | None = None,
@@ -67,12 +72,15 @@ class CachedDistillationTrainer(Trainer):
         if args.n_gpu > 1:
             args._n_gpu = 1  # one process, one GPU: flattened batches cannot be scattered; torchrun uses them all
         collator = data_collator or DistillationCollator(processing_class, args, train_dataset.cache)
+        if eval_dataset is None and (args.eval_strategy != "no" or args.probe_steps):
+            eval_dataset = held_out_documents(train_dataset.cache)
         with _setting_up():
             super().__init__(
                 model=model,
                 args=args,
                 data_collator=collator,
                 train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
                 processing_class=processing_class,
                 callbacks=callbacks,
                 optimizers=optimizers,
@@ -87,8 +95,9 @@ class CachedDistillationTrainer(Trainer):
             train_dataset.quarantine = Quarantine(Path(args.output_dir))
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        self.step_loss = StepLoss(args)
-        self.step_log = StepLog(len(TERMS))
+        self.step_loss = StepLoss(args, collator.rank_edges)
+        self.step_log = StepLog(len(self.step_loss.names))
+        self.harm_watch = HarmWatch()
         self.over_ranks = RankSums(self.accelerator.num_processes)
         self.finite = FiniteLosses()
         self._prefetched: Prefetched[Batch] | None = None
@@ -131,7 +140,7 @@ class CachedDistillationTrainer(Trainer):
         if self._prefetched is None or self._prefetched.source is not epoch_iterator:
             self._stop_prefetching()
             self._prefetched = Prefetched(epoch_iterator)
-        weights, counts, batches, failure = torch.zeros(2, dtype=torch.float64), NO_COUNTS, [], None
+        weights, counts, batches, failure = torch.zeros(len(UNITS), dtype=torch.float64), NO_COUNTS, [], None
         waited_before = self._prefetched.waited
         try:
             batches, _ = super().get_batch_samples(self._prefetched, num_batches, device)
@@ -141,10 +150,13 @@ class CachedDistillationTrainer(Trainer):
             failure = error
         self.step_log.add_wait(self._prefetched.waited - waited_before)
         failed = torch.tensor([failure is not None], dtype=torch.float64)
-        weights, counts, failed = self.over_ranks(torch.cat([weights, counts, failed])).split([2, len(counts), 1])
+        sums = self.over_ranks(torch.cat([weights, counts, failed]))
+        weights, counts, failed = sums.split([len(weights), len(counts), 1])
         if failed:
             self._stop_without_batches(failure)
         self.step_log.add_counts(counts)
+        if self.args.probe_steps and self.state.global_step % self.args.probe_steps == 0 and batches:
+            self._probe(batches[0])
         return batches, weights.clamp(min=1)
 
     def _stop_prefetching(self) -> None:
@@ -180,30 +192,71 @@ class CachedDistillationTrainer(Trainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
         """This micro-batch's share of the step's loss (all of it where `num_items_in_batch` is None)."""
-        divisor = num_items_in_batch
+        terms = self._terms(model, inputs, num_items_in_batch)
+        loss = (self._sent(self.step_loss.term_weights) * terms).sum()
+        self.finite.watch(loss, terms, self.step_loss.names, inputs["doc_ids"], self.state.global_step)
+        self.step_log.add_terms(terms)
+        # DDP and FSDP average gradients over ranks, and the divisor is of all ranks already.
+        loss = loss * self.accelerator.num_processes
+        return (loss, {"terms": terms.detach()}) if return_outputs else loss
+
+    def _terms(self, model: torch.nn.Module, inputs: Batch, divisor: torch.Tensor | None = None) -> torch.Tensor:
+        """(terms,) float32: the sums of `StepLoss.names`, divided by their units' weights (None: the batch's own)."""
         if divisor is None:
             divisor = self.step_loss.weight_sums(inputs).clamp(min=1).cpu()
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         fed = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         logits_RV = picked_logits(model, head, fed, inputs["label_index_R"])
-        terms = self.step_loss.terms(logits_RV, inputs) * self._sent(1 / divisor[[0, 1, 1, 1]])
-        loss = (self._sent(self.step_loss.term_weights) * terms).sum()
-        self.finite.watch(loss, terms, TERMS, inputs["doc_ids"], self.state.global_step)
-        self.step_log.add_terms(terms)
-        # DDP and FSDP average gradients over ranks, and the divisor is of all ranks already.
-        loss = loss * self.accelerator.num_processes
-        return (loss, {"terms": terms.detach()}) if return_outputs else loss
+        return self.step_loss.terms(logits_RV, inputs) * self._sent(1 / divisor[self.step_loss.units])
 
     def _sent(self, values: Any) -> torch.Tensor:
         """A few numbers as float32 on the training device, without waiting for it."""
         sent = torch.as_tensor(values, dtype=torch.float32)
         return self._prepare_input(sent.pin_memory() if self.args.device.type == "cuda" else sent)
 
+    # ---- what a run tells
+
+    def _probe(self, batch: Batch) -> None:
+        """Log the gradients of this step's first micro-batch, and warn where the teacher's losses harm."""
+        losses = self.step_loss.losses
+        probe = GradientProbe(
+            list(self.model.parameters()),
+            lambda inputs: self._terms(self.model_wrapped, self._prepare_inputs(inputs))[: len(losses)],
+            losses,
+            [self.args.mixture[name] for name in losses],
+        )
+        accelerator, number = self.accelerator, self.state.global_step // self.args.probe_steps
+        first = (number * accelerator.num_processes + accelerator.process_index) * self.args.per_device_train_batch_size
+        numbers = {(first + n) % len(self.eval_dataset) for n in range(self.args.per_device_train_batch_size)}
+        held_out = self.data_collator([self.eval_dataset[n] for n in sorted(numbers)])
+        found = probe.measure(batch, held_out)
+        self.log(found)
+        harm = self.harm_watch.add(found["gain_ce"], found["gain_mixture"])
+        if harm is not None and self.is_world_process_zero():
+            print(warning(harm, self.args.loss, self.args.learning_rate), file=sys.stderr, flush=True)
+
+    def evaluate(
+        self,
+        eval_dataset: CachedDocuments | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Bits per byte of the student and of the teacher on held-out documents, as `distill evaluate` measures them.
+
+        Raises AlignmentError where there are none, or no bytes that both score.
+        """
+        documents = eval_dataset or self.eval_dataset or held_out_documents(self.train_dataset.cache)
+        found = held_out_figures(self.model, self.processing_class, documents, self.args, self.accelerator)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Beside Trainer's own: each term, the compared fractions, the waiting for data, since the last line."""
         self.finite.check()
         if "loss" in logs and self.step_log.steps:
-            logs |= self.step_log.line(TERMS, self.step_loss.log_weights, self.over_ranks, bool(self.args.kd_weight))
+            logs |= self.step_log.line(self.step_loss.names, self.over_ranks, bool(self.args.mixture.of_teacher))
         super().log(logs, start_time)
 
     # ---- checkpoints
@@ -216,7 +269,7 @@ class CachedDistillationTrainer(Trainer):
                 raise CheckpointError(f"no whole checkpoint in {self.args.output_dir}: train without resuming")
         if resume_from_checkpoint:
             check_checkpoint(Path(resume_from_checkpoint), self.run)
-        if self.args.kd_weight and self.comparison is None:
+        if self.args.mixture.of_teacher and self.comparison is None:
             self.comparison = compare(self.train_dataset.sample(SAMPLE_DOCUMENTS), self.data_collator)
         try:
             output = super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **options)

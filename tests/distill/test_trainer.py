@@ -11,7 +11,7 @@ from training import trainer, weights
 from distill.checkpoint import RECORD, last_whole_checkpoint
 from storage_specs.errors import AlignmentError, CheckpointError, ConfigError, NonFiniteLossError
 
-WEIGHTS = {"ce_weight": 0.5, "uld_weight": 1.5, "mapped_weight": 0.7}
+WEIGHTS = {"loss": "ce:0.5,uld:1.5,mapped:0.7"}
 
 
 @pytest.mark.parametrize("normalization", ["tokens", "samples"])
@@ -203,15 +203,21 @@ def test_nothing_to_compare_is_an_error(cache_path, student_path, tmp_path, monk
     "wrong",
     [
         {"align": "observed"},
-        {"align": "merge", "mapped_weight": 1.0},
+        {"align": "merge", "loss": "ce:1,mapped:1"},
         {"loss_normalization": "words"},
-        {"uld_weight": -1.0},
-        {"ce_weight": 0.0, "uld_weight": 0.0},
+        {"loss": "ce:1,uld:-1"},
+        {"mapping": "by_sound"},
+        {"jsd_beta": 1.0},
+        {"likelihood_temperature": 0.0},
+        {"probe_steps": -1},
+        {"max_eval_documents": 0},
+        {"metric_for_best_model": "loss"},
+        {"metric_for_best_model": "bits_per_byte", "greater_is_better": True},
         {"max_length": 1},
         {"window_overlap": 48},
         {"dataloader_num_workers": 2},
         {"remove_unused_columns": True},
-        {"eval_strategy": "steps"},
+        {"eval_strategy": "sometimes"},
         {"save_strategy": "sometimes"},
         {"per_device_train_batch_size": 100, "dataloader_drop_last": True},
         {"train_sampling_strategy": "sequential"},

@@ -1,0 +1,153 @@
+"""What the teacher's losses do to CE and to held-out text, measured every `--probe_steps` steps by their gradients.
+
+On one micro-batch of every rank, before a step, without taking one: gradients with respect to all trainable parameters
+of CE (c), of each loss of the teacher's (k), of the whole mixture (m), and of CE on a held-out micro-batch (h).
+
+    cosine      c.k / (|c| |k|)      1 = it teaches what CE teaches, 0 = something else, < 0 = against it
+    norm ratio  |k| / |c|            times its weight: how hard it pulls beside CE of weight 1
+    gain        h.c / |c| and h.m / |m|: by how many nats per token held-out CE falls, to first order, per unit of a
+                step's length along CE alone and along the mixture. Of EQUAL length, because AdamW and gradient clipping
+                take steps whose length does not follow the gradient's.
+
+A mixture that gains less than CE alone makes held-out CE worse than CE alone would, at this point and to first order:
+momentum, Adam's scaling and what a teacher's regularisation brings over many epochs are not seen. One micro-batch is
+noisy, so a warning takes several probes: CE's lead must be 2.5 standard errors and more than a twentieth of its gain.
+A run with probes takes the same steps as one without: random states and gradients are left as they were.
+Cost of a probe: as many forward and backward passes as there are losses, and two; memory: two more gradients.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from distill.collator import Batch
+
+__all__ = ["GradientProbe", "HarmWatch", "gradients_of"]
+
+Gradient = list[torch.Tensor]
+
+
+class GradientProbe:
+    """parameters: the trainable ones. terms(batch): one forward pass, the (losses,) means of a batch, CE first; names
+    and weights: of these losses."""
+
+    def __init__(
+        self,
+        parameters: Sequence[torch.nn.Parameter],
+        terms: Callable[[Batch], torch.Tensor],
+        names: Sequence[str],
+        weights: Sequence[float],
+    ) -> None:
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self.terms, self.names, self.weights = terms, tuple(names), tuple(weights)
+
+    def measure(self, batch: Batch, held_out: Batch) -> dict[str, float]:
+        """`{name}_cosine` and `{name}_norm_ratio` of every loss but CE, `gain_ce`, `gain_mixture`, `held_out_ce`."""
+
+        def weighted(weights: Sequence[float]) -> Callable[[], torch.Tensor]:
+            return lambda: _weighted(self.terms(batch), weights)
+
+        one_hot = torch.eye(len(self.names)).tolist()
+        held_out_ce, h = self._gradient(lambda: self.terms(held_out)[0])
+        _, c = self._gradient(weighted(one_hot[0]))
+        size = _dot(c, c) ** 0.5
+        found = {"held_out_ce": held_out_ce, "gain_ce": _ratio(_dot(h, c), size)}
+        for n, name in enumerate(self.names[1:], 1):
+            _, k = self._gradient(weighted(one_hot[n]))
+            own = _dot(k, k) ** 0.5
+            found |= {f"{name}_cosine": _ratio(_dot(c, k), size * own), f"{name}_norm_ratio": _ratio(own, size)}
+            del k
+        _, m = self._gradient(weighted(self.weights))
+        return found | {"gain_mixture": _ratio(_dot(h, m), _dot(m, m) ** 0.5)}
+
+    def _gradient(self, loss: Callable[[], torch.Tensor]) -> tuple[float, Gradient]:
+        return gradients_of(loss, self.parameters)
+
+
+def gradients_of(loss: Callable[[], torch.Tensor], parameters: Sequence[torch.nn.Parameter]) -> tuple[float, Gradient]:
+    """The value of a loss and its gradients, through `backward`, so that wrappers (DDP, FSDP) do their part; gradients
+    and random states are left as they were."""
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    with _random_states_kept(parameters):
+        value = loss()
+        value.backward()
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    for parameter, gradient in zip(parameters, before, strict=True):
+        parameter.grad = gradient
+    return value.item(), found
+
+
+@contextmanager
+def _random_states_kept(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    """Dropout draws the same numbers in every pass, and the run's own go on where they were."""
+    devices = {parameter.device for parameter in parameters if parameter.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)):
+        yield
+
+
+def _dot(a: Gradient, b: Gradient) -> float:
+    """The sum of products, in float32 per tensor and float64 over tensors; sharded tensors over all their ranks."""
+    products = [(x.float() * y.float()).sum() for x, y in zip(a, b, strict=True)]
+    products = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in products]
+    return float(torch.stack([p.double() for p in products]).sum()) if products else 0.0
+
+
+def _weighted(terms: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
+    return (terms.new_tensor(weights) * terms).sum()
+
+
+def _ratio(value: float, by: float) -> float:
+    return value / by if by else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Harm:
+    """Means over the probes that a warning speaks of. lead: how much larger CE's gain is, error: its standard one."""
+
+    probes: int
+    gain_ce: float
+    gain_mixture: float
+    lead: float
+    error: float
+
+
+class HarmWatch:
+    """Tells when the mixture gains less on held-out text than CE alone, over the last probes and beyond their noise."""
+
+    LEAST, MOST, ERRORS, SHARE = 5, 10, 2.5, 0.05
+
+    def __init__(self) -> None:
+        self.gains: deque[tuple[float, float]] = deque(maxlen=self.MOST)
+
+    def add(self, gain_ce: float, gain_mixture: float) -> Harm | None:
+        """One more probe; where harm is seen, it is told once and then looked for anew."""
+        self.gains.append((gain_ce, gain_mixture))
+        n = len(self.gains)
+        if n < self.LEAST:
+            return None
+        leads = [ce - mixture for ce, mixture in self.gains]
+        lead = sum(leads) / n
+        error = math.sqrt(sum((each - lead) ** 2 for each in leads) / (n - 1) / n)
+        ce, mixture = (sum(side) / n for side in zip(*self.gains, strict=True))
+        if lead <= self.ERRORS * error or lead <= self.SHARE * abs(ce):
+            return None
+        self.gains.clear()
+        return Harm(probes=n, gain_ce=ce, gain_mixture=mixture, lead=lead, error=error)
+
+
+def warning(harm: Harm, mixture: str, learning_rate: float) -> str:
+    """One line for the user. learning_rate: the run's peak, the length of the step that is spoken of."""
+    gains = [f"{gain * learning_rate:.2e}" for gain in (harm.gain_ce, harm.gain_mixture)]
+    return (
+        f"warning: the teacher's losses do not help on held-out text now: over the last {harm.probes} probes a step "
+        f"along CE alone would lower held-out CE by {gains[0]} nats per token, a step of the same length along "
+        f"{mixture} by {gains[1]} (first order; CE's lead is {harm.lead / harm.error if harm.error else math.inf:.1f} "
+        "standard errors). Try a smaller weight, --loss ce:1,mapped:1 (needs ids), --align boundary, or CE alone, and "
+        "compare with --eval_strategy steps"
+    )
