@@ -30,6 +30,7 @@ from distill.dataset import CachedDocuments
 from distill.finite import FiniteLosses
 from distill.head import picked_logits
 from distill.held_out import held_out_documents, held_out_figures
+from distill.mixed_precision import keep_output_dtype
 from distill.prefetch import Prefetched
 from distill.probe import GradientProbe, HarmWatch, warning
 from distill.progress import TokenProgress
@@ -277,6 +278,11 @@ class CachedDistillationTrainer(Trainer):
             self._stop_prefetching()
         self.finite.check()
         return output
+
+    def _prepare_for_training(self, *arguments: Any, **options: Any) -> Any:
+        prepared = super()._prepare_for_training(*arguments, **options)
+        keep_output_dtype(self.accelerator.unwrap_model(self.model_wrapped))
+        return prepared
 
     def create_optimizer(self, *arguments: Any, **options: Any) -> torch.optim.Optimizer:
         """Trainer's; packages that an optimizer needs are missed only here. Raises ConfigError."""
