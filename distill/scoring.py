@@ -138,7 +138,7 @@ def _nats(model: PreTrainedModel, windows: Sequence[Window]) -> list[np.ndarray]
     index_R = np.concatenate([w * length + window.logits_index for w, window in enumerate(windows)])
     targets_R = np.concatenate([window.target_ids for window in windows])
     fed = {"input_ids": input_ids_WL.to(model.device), "attention_mask": attention_mask_WL.to(model.device)}
-    logits_RV = picked_logits(model, model.get_output_embeddings(), fed, torch.from_numpy(index_R).to(model.device))
+    logits_RV = picked_logits(model, fed, torch.from_numpy(index_R).to(model.device))
     nats_R = cross_entropy(logits_RV.float(), torch.from_numpy(targets_R).to(model.device), reduction="none")
     return np.split(nats_R.double().cpu().numpy(), np.cumsum([len(window.target_ids) for window in windows])[:-1])
 

@@ -205,9 +205,7 @@ class CachedDistillationTrainer(Trainer):
         """(terms,) float32: the sums of `StepLoss.names`, divided by their units' weights (None: the batch's own)."""
         if divisor is None:
             divisor = self.step_loss.weight_sums(inputs).clamp(min=1).cpu()
-        head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        fed = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        logits_RV = picked_logits(model, head, fed, inputs["label_index_R"])
+        logits_RV = picked_logits(model, inputs, inputs["label_index_R"])
         return self.step_loss.terms(logits_RV, inputs) * self._sent(1 / divisor[self.step_loss.units])
 
     def _sent(self, values: Any) -> torch.Tensor:
