@@ -140,12 +140,13 @@ def hybrid_rest(
     for logits_V, probs_K, tail, words_I in rows:
         q_V, words = logits_V.softmax(0), words_I.tolist()
         p_left = [p for rank, p in enumerate(probs_K) if rank >= len(words) or words[rank] < 0]
-        q_left = sorted((q_V[w] for w in range(len(q_V)) if w not in words), key=lambda x: x.item(), reverse=True)
-        zero = q_V.new_zeros(())
-        loss = zero
+        free_V = torch.ones(len(q_V), dtype=torch.bool)
+        free_V[[word for word in words if word >= 0]] = False
+        q_left = q_V[free_V].sort(descending=True).values
+        loss = (tail - q_left[len(p_left) :].sum()).abs()
         for rank, p in enumerate(p_left):
-            loss = loss + (p - (q_left[rank] if rank < len(q_left) else zero)).abs()
-        losses.append(loss + (tail - sum(q_left[len(p_left) :], zero)).abs())
+            loss = loss + (p - q_left[rank] if rank < len(q_left) else p).abs()
+        losses.append(loss)
     return torch.stack(losses)
 
 

@@ -1,6 +1,7 @@
 """Small caches with random rows, and windows and documents from bare lists of rows, for this room's tests."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from storage_specs import CacheSettings, CacheWriter, Window, make_plan, render, token_bytes
 from storage_specs.document import CachedDocument, Message
+from storage_specs.reader import Cache
 from storage_specs.vocabulary import Vocabulary, tokenizer_digest
 
 Row = tuple[int, int, int, int, bool]  # segment, byte_start, token_start, byte_end, is_end
@@ -120,6 +122,21 @@ def write_cache(
         writer.write_shard(shard, [cached[number] for number in members])
     writer.finalize()
     return path
+
+
+class WithSketch(Cache):
+    """An open cache that also holds tail bins: its tail masses, spread over three bins."""
+
+    RANK_EDGES = (8, 20, 80, 300)
+    SHARES = np.array([0.5, 0.3, 0.2], dtype=np.float32)
+
+    def __init__(self, cache: Cache) -> None:
+        vars(self).update(vars(cache))
+        self.manifest = replace(cache.manifest, rank_edges=list(self.RANK_EDGES))
+
+    def __getitem__(self, number: int) -> CachedDocument:
+        document = super().__getitem__(number)
+        return replace(document, tail_bins=document.tail_mass[:, None] * self.SHARES)
 
 
 def tiny_student(path: Path, tokenizer: Any, seed: int = 0) -> Path:
