@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from distill.quarantine import Quarantine
 from distill.sampler import MicroBatch
 from storage_specs.columns import Columns
-from storage_specs.document import CachedDocument, is_held_out
+from storage_specs.document import CachedDocument
 from storage_specs.errors import CorruptCacheError
 from storage_specs.reader import Cache, open_cache
 
@@ -28,10 +28,9 @@ class CachedDocuments(Dataset[CachedDocument]):
     def __init__(
         self, cache: Cache | str | Path, held_out: bool = False, ids: bool = False, documents: int | None = None
     ) -> None:
-        self.cache = cache if isinstance(cache, Cache) else open_cache(cache, ids=ids, shards_kept=1)
+        self.cache = cache if isinstance(cache, Cache) else open_cache(cache, ids=ids)
         # A byte for each document and a number for each shard: 10^10 rows are planned in a few megabytes.
-        kept_apart = np.fromiter(map(is_held_out, self.cache.doc_ids), dtype=bool, count=len(self.cache))
-        self._wanted = (kept_apart == held_out) & (np.asarray(self.cache.rows_D) > 0)
+        self._wanted = (self.cache.rows_D > 0) & (self.cache.held_out_D == held_out)
         if documents is not None:
             self._wanted[np.flatnonzero(self._wanted)[documents:]] = False
         self._first = np.concatenate([[0], np.cumsum(self.cache.documents_per_shard, dtype=np.int64)])
@@ -49,8 +48,7 @@ class CachedDocuments(Dataset[CachedDocument]):
 
     def __getitem__(self, index: int) -> CachedDocument:
         shard, number = self.place_of(index)
-        columns = self._open.get(shard) or self.cache.columns(shard)
-        return columns.document(number)
+        return self.cache.streamed(int(self._first[shard]) + number)
 
     def __getitems__(self, indices: Sequence[int]) -> list[CachedDocument]:
         """The documents of a batch."""
@@ -87,7 +85,7 @@ class CachedDocuments(Dataset[CachedDocument]):
 
     def _read(self, shard: int, epoch: int) -> None:
         try:
-            self._open[shard] = self.cache.columns(shard)
+            self._open[shard] = self.cache.reader.columns(shard)
         except CorruptCacheError as error:
             if self.quarantine is None:
                 raise
@@ -99,4 +97,4 @@ class CachedDocuments(Dataset[CachedDocument]):
     @property
     def text_bytes(self) -> np.ndarray:
         """(documents,) int64: UTF-8 bytes of each document's text, known before a shard is read."""
-        return np.asarray(self.cache.text_bytes_D)[self._wanted]
+        return self.cache.text_bytes_D[self._wanted]

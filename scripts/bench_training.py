@@ -143,7 +143,7 @@ class Bench:
         longest = {"max_position_embeddings": self.shape.max_length, "tie_word_embeddings": True}
         sizes = self.shape.config | {"vocab_size": max(self.shape.config["vocab_size"], len(tokenizer))}
         self.model = LlamaForCausalLM(LlamaConfig(**sizes, **longest)).to(self.device)
-        self.documents = CachedDocuments(open_cache(cache, shards_kept=1))
+        self.documents = CachedDocuments(cache, ids=True)
         self.rows: list[dict[str, list[int]]] | None = None
         self.tokens = 0
 
