@@ -51,6 +51,16 @@ class DistillationConfig(TrainingArguments):
     window_overlap: int | None = field(
         default=None, metadata={"help": "tokens of context that a later window repeats; default max_length / 8"}
     )
+    packing: bool = field(
+        default=False, metadata={"help": "several windows in one row of max_length tokens, kept apart by the model"}
+    )
+    use_peft: bool = field(default=False, metadata={"help": "train LoRA adapters and nothing else"})
+    lora_r: int = field(default=16, metadata={"help": "rank of the adapters"})
+    lora_alpha: int = field(default=32, metadata={"help": "scale of the adapters, times 1 / lora_r"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "dropout in front of the adapters"})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "modules that get adapters, or all-linear; default: peft's for the model"}
+    )
     loss_normalization: str = field(
         default="tokens",
         metadata={
@@ -126,6 +136,10 @@ class DistillationConfig(TrainingArguments):
         if self.train_sampling_strategy not in STRATEGIES:
             raise ConfigError(
                 f"train_sampling_strategy is {self.train_sampling_strategy!r}: must be one of {', '.join(STRATEGIES)}"
+            )
+        if self.lora_r < 1 or not 0 <= self.lora_dropout < 1:
+            raise ConfigError(
+                f"lora_r is {self.lora_r} and lora_dropout {self.lora_dropout}: need at least 1, and [0, 1)"
             )
         if self.max_length < 2:
             raise ConfigError(f"max_length is {self.max_length}: a window holds at least one token and the next")

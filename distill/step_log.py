@@ -17,7 +17,7 @@ def batch_counts(batch: Batch) -> torch.Tensor:
         len(batch["label_index_R"]),
         len(batch.get("student_index_N", ())),
         batch["teacher_rows"],
-        int(batch["attention_mask"].sum()),
+        batch["tokens"],
     ]
     return torch.tensor(counts, dtype=torch.float64)
 

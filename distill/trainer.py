@@ -27,10 +27,12 @@ from distill.collator import Batch, DistillationCollator
 from distill.comparison import SAMPLE_DOCUMENTS, Comparison, compare
 from distill.config import DistillationConfig
 from distill.dataset import CachedDocuments
+from distill.encoder_decoder import decoder_start_of
 from distill.finite import FiniteLosses
 from distill.head import picked_logits
 from distill.held_out import held_out_documents, held_out_figures
 from distill.mixed_precision import keep_output_dtype
+from distill.packing import check_packing
 from distill.prefetch import Prefetched
 from distill.probe import GradientProbe, HarmWatch, warning
 from distill.progress import TokenProgress
@@ -43,7 +45,7 @@ from storage_specs.errors import CheckpointError, ConfigError, CorruptCacheError
 
 
 class CachedDistillationTrainer(Trainer):
-    """Trains a causal language model on a cache: the weighted sum of the losses that `args.loss` names.
+    """Trains a causal or encoder-decoder language model on a cache: the weighted sum of the losses of `args.loss`.
 
     CE is divided by its labels, each teacher's loss by its compared rows or chunks, all counted over all micro-batches
     and ranks of a step before the first backward; with `loss_normalization="samples"` all are means of documents'
@@ -58,7 +60,7 @@ class CachedDistillationTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel,  # or a peft.PeftModel of one
         args: DistillationConfig,
         train_dataset: CachedDocuments,
         processing_class: PreTrainedTokenizerBase,
@@ -72,7 +74,9 @@ class CachedDistillationTrainer(Trainer):
     ) -> None:
         if args.n_gpu > 1:
             args._n_gpu = 1  # one process, one GPU: flattened batches cannot be scattered; torchrun uses them all
-        collator = data_collator or DistillationCollator(processing_class, args, train_dataset.cache)
+        collator = data_collator or DistillationCollator(
+            processing_class, args, train_dataset.cache, decoder_start_of(model.config)
+        )
         if eval_dataset is None and (args.eval_strategy != "no" or args.probe_steps):
             eval_dataset = held_out_documents(train_dataset.cache)
         with _setting_up():
@@ -102,6 +106,7 @@ class CachedDistillationTrainer(Trainer):
         self.over_ranks = RankSums(self.accelerator.num_processes)
         self.finite = FiniteLosses()
         self._prefetched: Prefetched[Batch] | None = None
+        self._packing_checked = False
         self.add_callback(SetEpoch(self.batches))
         self.add_callback(TokenProgress(self.step_log))
 
@@ -205,6 +210,9 @@ class CachedDistillationTrainer(Trainer):
         """(terms,) float32: the sums of `StepLoss.names`, divided by their units' weights (None: the batch's own)."""
         if divisor is None:
             divisor = self.step_loss.weight_sums(inputs).clamp(min=1).cpu()
+        if self.args.packing and not self._packing_checked:
+            check_packing(model, self.args.device)
+            self._packing_checked = True
         logits_RV = picked_logits(model, inputs, inputs["label_index_R"])
         return self.step_loss.terms(logits_RV, inputs) * self._sent(1 / divisor[self.step_loss.units])
 
