@@ -18,13 +18,11 @@ from distill.alignment import Groups, align, align_groups
 from distill.config import DistillationConfig
 from distill.merged import SMALLEST_FACTOR
 from distill.numerals import numeral_rows
+from distill.student_inputs import StudentInputs, StudentWindow
 from distill.word_map import WordMap, map_words, same_words
-from storage_specs.document import CachedDocument, Document
+from storage_specs.document import CachedDocument
 from storage_specs.errors import ConfigError, TokenizerError
 from storage_specs.reader import Cache
-from storage_specs.rendering import render
-from storage_specs.token_alphabet import backend_of
-from storage_specs.windows import Window, cut_windows
 
 Batch = dict[str, Any]
 
@@ -32,7 +30,8 @@ Batch = dict[str, Any]
 class DistillationCollator:
     """Collates `CachedDocument`s. A batch has
 
-    input_ids, attention_mask: (B, L) int64, padded on the right.
+    input_ids, attention_mask: (B, L) int64, padded on the right; what packing and encoder-decoders (`decoder_start`)
+    have instead says `StudentInputs.batch`.
     label_index_R: (R,) int64 ascending, positions b * L + i whose logits predict a scored token.
     label_ids_R: (R,) int64, that token. label_sample_R: (R,) int64, its document's number in the batch.
     With a loss of the teacher's also: student_index_N: (N,) int64, the compared ones of label_index_R; sample_N: (N,)
@@ -43,16 +42,30 @@ class DistillationCollator:
     earlier_group_M: (M,) int64, their groups.
     With `likelihood` chunk_index_M: (M,) int64, the student's positions of all tokens of chunks, some of label_index_R;
     chunk_M: (M,) int64, their chunks; chunk_gold_G: (G,) float32, the teacher's nats; chunk_sample_G: (G,) int64.
-    teacher_rows: int, rows of its documents, compared or not. doc_ids: list[str].
+    teacher_rows: int, rows of its documents, compared or not. tokens: int, without padding. doc_ids: list[str].
 
     Raises TokenizerError (no fast backend, or another than the teacher's where a loss needs that one) and ConfigError
     (a loss that needs ids with a cache without, `merge` with a sketch).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DistillationConfig, cache: Cache) -> None:
-        backend_of(tokenizer)
-        self.tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: DistillationConfig,
+        cache: Cache,
+        decoder_start: int | None = None,
+    ) -> None:
+        self.inputs = StudentInputs(
+            tokenizer,
+            max_length=config.max_length,
+            window_overlap=config.window_overlap,
+            chat_template=config.chat_template,
+            chat_template_kwargs=config.chat_template_kwargs,
+            decoder_start=decoder_start,
+            packing=config.packing,
+        )
         self.config = config
+        self.k, self.k_ids = cache.manifest.k, cache.manifest.k_ids
         self.mixture = config.mixture
         self.word_map = word_map_of(cache, tokenizer, config) if self.mixture.needs_ids else None
         self.rank_edges = cache.manifest.rank_edges if self.mixture["uld"] else None
@@ -61,48 +74,35 @@ class DistillationCollator:
                 f"align is 'merge', and the cache {cache.path} holds its tail as a sketch, which belongs to single "
                 "rows and not to products over groups: use --align boundary"
             )
-        self.pad_id = next(
-            (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
-        )  # masked, so any id will do
-
-    def windows(self, document: Document) -> list[Window]:
-        """The student's windows of a document."""
-        sequence = render(self.tokenizer, document, self.config.chat_template, self.config.chat_template_kwargs)
-        return cut_windows(sequence, self.config.max_length, self.config.window_overlap)
 
     def __call__(self, documents: Sequence[CachedDocument]) -> Batch:
-        windows = [(number, window) for number, document in enumerate(documents) for window in self.windows(document)]
-        length = max((len(window.ids) for _, window in windows), default=1)
-        # A batch without a single label still takes its step (on other ranks there may be some): one padding token.
-        input_ids_BL = np.full((max(1, len(windows)), length), self.pad_id, dtype=np.int64)
-        attention_mask_BL = np.zeros_like(input_ids_BL)
-        if not windows:
-            attention_mask_BL[:] = 1
-        for b, (_, window) in enumerate(windows):
-            input_ids_BL[b, : len(window.ids)] = window.ids
-            attention_mask_BL[b, : len(window.ids)] = 1
+        of_documents = [self.inputs.windows(document) for document in documents]
+        windows = [(number, window) for number, of_one in enumerate(of_documents) for window in of_one]
+        inputs, starts_W = self.inputs.batch([window for _, window in windows])
+        # Labels are in the order of their positions, wherever packing put their windows.
+        placed = [(int(starts_W[w]), *windows[w]) for w in np.argsort(starts_W, kind="stable").tolist()]
         columns = {
-            "input_ids": input_ids_BL,
-            "attention_mask": attention_mask_BL,
-            "label_index_R": _joined([b * length + window.logits_index for b, (_, window) in enumerate(windows)]),
-            "label_ids_R": _joined([window.target_ids for _, window in windows]),
-            "label_sample_R": _joined([np.full(len(window.target_ids), number) for number, window in windows]),
+            **inputs,
+            "label_index_R": _joined([start + window.logits_index for start, _, window in placed]),
+            "label_ids_R": _joined([window.target_ids for _, _, window in placed]),
+            "label_sample_R": _joined([np.full(len(window.target_ids), number) for _, number, window in placed]),
         }
         if self.mixture.of_teacher:
-            columns |= self._compared(documents, windows, length)
+            columns |= self._compared(documents, placed)
         return {
             **{name: torch.from_numpy(column) for name, column in columns.items()},
             "teacher_rows": sum(len(document.segment) for document in documents),
+            "tokens": sum(len(window.ids) for _, window in windows),
             "doc_ids": [document.doc_id for document in documents],
         }
 
     def _compared(
-        self, documents: Sequence[CachedDocument], windows: list[tuple[int, Window]], length: int
+        self, documents: Sequence[CachedDocument], placed: list[tuple[int, int, StudentWindow]]
     ) -> dict[str, np.ndarray]:
-        """The pairs of every window, and their teacher rows gathered once."""
+        """The pairs of every (start, document, window), and their teacher rows gathered once."""
         student, samples, probs, tails, words, bins = [], [], [], [], [], []
         earlier, earlier_groups, groups_before = [], [], 0
-        for b, (number, window) in enumerate(windows):
+        for start, number, window in placed:
             document = documents[number]
             if self.config.align == "merge":
                 groups = align_groups(document, window)
@@ -111,7 +111,7 @@ class DistillationCollator:
                 row_N, scale_N1 = groups.teacher_last, teacher_scales(document, groups)[:, None]
                 index_N = window.logits_index[groups.student_last]
                 index_M, group_M = _runs(groups.student_first, groups.student_last)
-                earlier.append(b * length + window.logits_index[index_M])
+                earlier.append(start + window.logits_index[index_M])
                 earlier_groups.append(groups_before + group_M)
                 groups_before += len(row_N)
             else:
@@ -120,7 +120,7 @@ class DistillationCollator:
                     kept_N = ~numeral_rows(document)[row_N]
                     index_N, row_N = index_N[kept_N], row_N[kept_N]
                 scale_N1 = np.float32(1)
-            student.append(b * length + index_N)
+            student.append(start + index_N)
             samples.append(np.full(len(row_N), number))
             probs.append(document.probs[row_N] * scale_N1)
             tails.append(document.tail_mass[row_N] * np.reshape(scale_N1, -1))
@@ -128,7 +128,7 @@ class DistillationCollator:
                 bins.append(document.tail_bins[row_N])
             if self.word_map is not None:
                 words.append(self.word_map.words_U[document.token_ids[row_N]])
-        k, ranks = documents[0].probs.shape[1], 0 if self.word_map is None else documents[0].token_ids.shape[1]
+        k, ranks = self.k, self.k_ids
         columns = {
             "student_index_N": _joined(student),
             "sample_N": _joined(samples),
@@ -142,22 +142,22 @@ class DistillationCollator:
         if self.word_map is not None:
             columns["words_NI"] = np.concatenate([np.zeros((0, ranks), np.int64), *words])
         if self.mixture["likelihood"]:
-            columns |= self._chunks(documents, windows, length)
+            columns |= self._chunks(documents, placed)
         return columns
 
     def _chunks(
-        self, documents: Sequence[CachedDocument], windows: list[tuple[int, Window]], length: int
+        self, documents: Sequence[CachedDocument], placed: list[tuple[int, int, StudentWindow]]
     ) -> dict[str, np.ndarray]:
         """All tokens of both sides between shared boundaries, and the teacher's log-probability of each chunk."""
         positions, chunks, golds, samples, before = [], [], [], [], 0
-        for b, (number, window) in enumerate(windows):
+        for start, number, window in placed:
             document = documents[number]
             groups = align_groups(document, window)
             if self.config.skip_numerals:
                 groups = _without_numerals(groups, document)
             own_M, chunk_M = _runs(groups.student_first, groups.student_last + 1)
             row_M, of_row_M = _runs(groups.teacher_first, groups.teacher_last + 1)
-            positions.append(b * length + window.logits_index[own_M])
+            positions.append(start + window.logits_index[own_M])
             chunks.append(before + chunk_M)
             golds.append(np.bincount(of_row_M, weights=document.gold_logprob[row_M], minlength=len(groups)))
             samples.append(np.full(len(groups), number))

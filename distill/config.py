@@ -11,6 +11,8 @@ from distill.word_map import MAPPINGS
 from storage_specs.errors import ConfigError
 
 NORMALIZATIONS = ("tokens", "samples")
+ON_CORRUPT = ("stop", "quarantine")
+STRATEGIES = ("random", "group_by_length")
 METRIC = "bits_per_byte"
 
 
@@ -49,6 +51,16 @@ class DistillationConfig(TrainingArguments):
     window_overlap: int | None = field(
         default=None, metadata={"help": "tokens of context that a later window repeats; default max_length / 8"}
     )
+    packing: bool = field(
+        default=False, metadata={"help": "several windows in one row of max_length tokens, kept apart by the model"}
+    )
+    use_peft: bool = field(default=False, metadata={"help": "train LoRA adapters and nothing else"})
+    lora_r: int = field(default=16, metadata={"help": "rank of the adapters"})
+    lora_alpha: int = field(default=32, metadata={"help": "scale of the adapters, times 1 / lora_r"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "dropout in front of the adapters"})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "modules that get adapters, or all-linear; default: peft's for the model"}
+    )
     loss_normalization: str = field(
         default="tokens",
         metadata={
@@ -60,6 +72,13 @@ class DistillationConfig(TrainingArguments):
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "JSON arguments of the student's chat template"}
+    )
+    on_corrupt: str = field(
+        default="stop",
+        metadata={
+            "help": "a shard that breaks during training: stop with a checkpoint | quarantine: leave its documents out "
+            "and list them in quarantine.jsonl"
+        },
     )
     # Batches hold documents, not columns; nothing may be removed from them.
     remove_unused_columns: bool = field(
@@ -111,6 +130,16 @@ class DistillationConfig(TrainingArguments):
         if self.loss_normalization not in NORMALIZATIONS:
             raise ConfigError(
                 f"loss_normalization is {self.loss_normalization!r}: must be one of {', '.join(NORMALIZATIONS)}"
+            )
+        if self.on_corrupt not in ON_CORRUPT:
+            raise ConfigError(f"on_corrupt is {self.on_corrupt!r}: must be one of {', '.join(ON_CORRUPT)}")
+        if self.train_sampling_strategy not in STRATEGIES:
+            raise ConfigError(
+                f"train_sampling_strategy is {self.train_sampling_strategy!r}: must be one of {', '.join(STRATEGIES)}"
+            )
+        if self.lora_r < 1 or not 0 <= self.lora_dropout < 1:
+            raise ConfigError(
+                f"lora_r is {self.lora_r} and lora_dropout {self.lora_dropout}: need at least 1, and [0, 1)"
             )
         if self.max_length < 2:
             raise ConfigError(f"max_length is {self.max_length}: a window holds at least one token and the next")

@@ -15,7 +15,7 @@ import torch
 from distill.checkpoint import saving
 from distill.dataset import CachedDocuments
 from distill.scoring import Scores, score, summed, teacher_scores
-from distill.train import load_model, load_tokenizer
+from distill.students import load_model, load_tokenizer
 from storage_specs.errors import AlignmentError, ConfigError
 
 

@@ -154,10 +154,9 @@ def _align_report(arguments: Sequence[str]) -> int:
     from distill.alignment_report import alignment_report
     from distill.dataset import CachedDocuments
     from distill.report_format import as_html, as_text
-    from distill.train import load_tokenizer
+    from distill.students import load_tokenizer
 
-    documents = CachedDocuments(namespace.cache)
-    documents.numbers = documents.numbers[: namespace.max_documents]
+    documents = CachedDocuments(namespace.cache, documents=namespace.max_documents)
     facts = alignment_report(
         documents,
         load_tokenizer(namespace.student),

@@ -17,11 +17,11 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distill.encoder_decoder import decoder_start_of
 from distill.head import picked_logits
+from distill.student_inputs import StudentInputs, StudentWindow
 from storage_specs.document import CachedDocument, Document
 from storage_specs.errors import AlignmentError, ConfigError
-from storage_specs.rendering import render
-from storage_specs.windows import Window, cut_windows
 
 __all__ = ["Scores", "SharedSums", "score", "shared_regions", "summed", "teacher_scores"]
 
@@ -113,37 +113,39 @@ def score(
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and max_length > limit:
         raise ConfigError(f"max_length is {max_length}, but {label} reads at most {limit} tokens")
-    sequences = (render(tokenizer, each, chat_template, chat_template_kwargs) for each in documents)
-    windows = [cut_windows(sequence, max_length, max(1, max_length // 8)) for sequence in sequences]
+    inputs = StudentInputs(
+        tokenizer,
+        max_length=max_length,
+        window_overlap=max(1, max_length // 8),
+        chat_template=chat_template,
+        chat_template_kwargs=chat_template_kwargs,
+        decoder_start=decoder_start_of(model.config),
+    )
+    windows = [inputs.windows(document) for document in documents]
     flat = sorted((window for of_one in windows for window in of_one), key=lambda window: -len(window.ids))
     nats: dict[int, np.ndarray] = {}
     with tqdm(total=sum(len(w.ids) for w in flat), unit="tok", unit_scale=True, desc=label, disable=None) as bar:
         for first in range(0, len(flat), batch_size):
             batch = flat[first : first + batch_size]
-            for window, nats_R in zip(batch, _nats(model, batch), strict=True):
+            for window, nats_R in zip(batch, _nats(model, inputs, batch), strict=True):
                 nats[id(window)] = nats_R
                 bar.update(len(window.ids))
     return [_joined(of_one, nats) for of_one in windows]
 
 
 @torch.no_grad()  # not inference mode: parameters gathered by FSDP are trained on afterwards
-def _nats(model: PreTrainedModel, windows: Sequence[Window]) -> list[np.ndarray]:
+def _nats(model: PreTrainedModel, inputs: StudentInputs, windows: Sequence[StudentWindow]) -> list[np.ndarray]:
     """(R,) float64 per window: -log p of its rows' tokens."""
-    length = max(len(window.ids) for window in windows)
-    input_ids_WL = torch.zeros(len(windows), length, dtype=torch.int64)
-    attention_mask_WL = torch.zeros_like(input_ids_WL)
-    for w, window in enumerate(windows):
-        input_ids_WL[w, : len(window.ids)] = torch.from_numpy(window.ids)
-        attention_mask_WL[w, : len(window.ids)] = 1
-    index_R = np.concatenate([w * length + window.logits_index for w, window in enumerate(windows)])
+    arrays, starts_W = inputs.batch(windows)
+    fed = {name: torch.from_numpy(array).to(model.device) for name, array in arrays.items()}
+    index_R = np.concatenate([start + window.logits_index for start, window in zip(starts_W, windows, strict=True)])
     targets_R = np.concatenate([window.target_ids for window in windows])
-    fed = {"input_ids": input_ids_WL.to(model.device), "attention_mask": attention_mask_WL.to(model.device)}
-    logits_RV = picked_logits(model, model.get_output_embeddings(), fed, torch.from_numpy(index_R).to(model.device))
+    logits_RV = picked_logits(model, fed, torch.from_numpy(index_R).to(model.device))
     nats_R = cross_entropy(logits_RV.float(), torch.from_numpy(targets_R).to(model.device), reduction="none")
     return np.split(nats_R.double().cpu().numpy(), np.cumsum([len(window.target_ids) for window in windows])[:-1])
 
 
-def _joined(windows: Sequence[Window], nats: Mapping[int, np.ndarray]) -> Scores:
+def _joined(windows: Sequence[StudentWindow], nats: Mapping[int, np.ndarray]) -> Scores:
     def column(name: str, dtype: type) -> np.ndarray:
         return np.concatenate([np.zeros(0, dtype), *(getattr(window, name) for window in windows)])
 

@@ -1,5 +1,6 @@
 """What a run tells of its steps: each term apart and the compared fractions, summed between two lines of the log."""
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from distill.collator import Batch
 
 COUNTS = ("labels", "pairs", "teacher_rows", "tokens")
+NO_COUNTS = torch.zeros(len(COUNTS), dtype=torch.float64)
 
 
 def batch_counts(batch: Batch) -> torch.Tensor:
@@ -15,7 +17,7 @@ def batch_counts(batch: Batch) -> torch.Tensor:
         len(batch["label_index_R"]),
         len(batch.get("student_index_N", ())),
         batch["teacher_rows"],
-        int(batch["attention_mask"].sum()),
+        batch["tokens"],
     ]
     return torch.tensor(counts, dtype=torch.float64)
 
@@ -26,8 +28,16 @@ class StepLog:
     def __init__(self, terms: int) -> None:
         self.tokens_seen = 0
         self._sums = torch.zeros(terms)
-        self._counts = torch.zeros(len(COUNTS), dtype=torch.float64)
+        self._counts = NO_COUNTS.clone()
         self.steps = 0
+        self._waited = 0.0
+        self._since: float | None = None  # the first batch that was asked for, or the last line
+
+    def add_wait(self, seconds: float) -> None:
+        """Time that a step stood still because its batches were not ready, on this rank."""
+        if self._since is None:
+            self._since = time.perf_counter() - seconds
+        self._waited += seconds
 
     def add_counts(self, counts: torch.Tensor) -> None:
         """`COUNTS` of a whole step, of all ranks."""
@@ -45,12 +55,17 @@ class StepLog:
         over_ranks: Callable[[torch.Tensor], torch.Tensor],
         with_teacher: bool,
     ) -> dict[str, float]:
-        """Means per step of the named terms, then starts anew. Every rank must ask at the same step."""
+        """Means per step of the named terms, the compared fractions, and `data_wait`: the share of the time since the
+        last line in which this rank waited for data. Then starts anew. Every rank must ask at the same step.
+        """
         terms = over_ranks(self._sums).cpu() / self.steps
         labels, pairs, teacher_rows, _ = self._counts.tolist()
         line = dict(zip(names, terms.tolist(), strict=True))
         if with_teacher:
             line["compared_student"] = pairs / max(1, labels)
             line["compared_teacher"] = pairs / max(1, teacher_rows)
+        now = time.perf_counter()
+        line["data_wait"] = 0.0 if self._since is None else self._waited / (now - self._since)
         self._sums, self._counts, self.steps = torch.zeros_like(self._sums), 0 * self._counts, 0
+        self._waited, self._since = 0.0, now
         return line | {"tokens": self.tokens_seen}

@@ -24,21 +24,28 @@ from distill.checkpoint import (
     write_record,
 )
 from distill.collator import Batch, DistillationCollator
-from distill.comparison import Comparison, compare
+from distill.comparison import SAMPLE_DOCUMENTS, Comparison, compare
 from distill.config import DistillationConfig
 from distill.dataset import CachedDocuments
+from distill.encoder_decoder import decoder_start_of
+from distill.finite import FiniteLosses
 from distill.head import picked_logits
 from distill.held_out import held_out_documents, held_out_figures
+from distill.mixed_precision import keep_output_dtype
+from distill.packing import check_packing
+from distill.prefetch import Prefetched
 from distill.probe import GradientProbe, HarmWatch, warning
 from distill.progress import TokenProgress
+from distill.quarantine import Quarantine
+from distill.ranks import RankSums
 from distill.sampler import EpochBatches, SetEpoch
-from distill.step_log import StepLog, batch_counts
+from distill.step_log import NO_COUNTS, StepLog, batch_counts
 from distill.step_loss import UNITS, StepLoss
-from storage_specs.errors import CheckpointError, ConfigError, NonFiniteLossError, TeachOnceError
+from storage_specs.errors import CheckpointError, ConfigError, CorruptCacheError, TeachOnceError
 
 
 class CachedDistillationTrainer(Trainer):
-    """Trains a causal language model on a cache: the weighted sum of the losses that `args.loss` names.
+    """Trains a causal or encoder-decoder language model on a cache: the weighted sum of the losses of `args.loss`.
 
     CE is divided by its labels, each teacher's loss by its compared rows or chunks, all counted over all micro-batches
     and ranks of a step before the first backward; with `loss_normalization="samples"` all are means of documents'
@@ -53,7 +60,7 @@ class CachedDistillationTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel,  # or a peft.PeftModel of one
         args: DistillationConfig,
         train_dataset: CachedDocuments,
         processing_class: PreTrainedTokenizerBase,
@@ -67,7 +74,9 @@ class CachedDistillationTrainer(Trainer):
     ) -> None:
         if args.n_gpu > 1:
             args._n_gpu = 1  # one process, one GPU: flattened batches cannot be scattered; torchrun uses them all
-        collator = data_collator or DistillationCollator(processing_class, args, train_dataset.cache)
+        collator = data_collator or DistillationCollator(
+            processing_class, args, train_dataset.cache, decoder_start_of(model.config)
+        )
         if eval_dataset is None and (args.eval_strategy != "no" or args.probe_steps):
             eval_dataset = held_out_documents(train_dataset.cache)
         with _setting_up():
@@ -87,11 +96,17 @@ class CachedDistillationTrainer(Trainer):
         self.comparison = comparison
         self.run = (run or {}) | {"cache_id": train_dataset.cache.manifest.cache_id}
         self.batches = self._epoch_batches()
+        if args.on_corrupt == "quarantine":
+            train_dataset.quarantine = Quarantine(Path(args.output_dir))
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.step_loss = StepLoss(args, collator.rank_edges)
         self.step_log = StepLog(len(self.step_loss.names))
         self.harm_watch = HarmWatch()
+        self.over_ranks = RankSums(self.accelerator.num_processes)
+        self.finite = FiniteLosses()
+        self._prefetched: Prefetched[Batch] | None = None
+        self._packing_checked = False
         self.add_callback(SetEpoch(self.batches))
         self.add_callback(TokenProgress(self.step_log))
 
@@ -106,6 +121,8 @@ class CachedDistillationTrainer(Trainer):
             ranks=self.accelerator.num_processes,
             rank=self.accelerator.process_index,
             seed=args.seed if args.data_seed is None else args.data_seed,
+            drop_last=args.dataloader_drop_last,
+            lengths=self.train_dataset.text_bytes if args.train_sampling_strategy == "group_by_length" else None,
         )
 
     def get_train_dataloader(self) -> DataLoader:
@@ -115,28 +132,61 @@ class CachedDistillationTrainer(Trainer):
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            generator=torch.Generator(),  # draws nothing from the one that dropout uses
         )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor | None]:
-        """All micro-batches of a step, and what CE and the teacher's terms are divided by, summed over ranks."""
+        """All micro-batches of a step, and (2,) float64 on the CPU: what CE and the teacher's terms are divided by,
+        summed over ranks. Where one rank's batches cannot be had, all stop, with a checkpoint."""
         if self.state.global_step >= self.state.max_steps:  # resumed from the very last checkpoint: nothing is left
             self.control.should_training_stop = True
             return [], None
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._prefetched is None or self._prefetched.source is not epoch_iterator:
+            self._stop_prefetching()
+            self._prefetched = Prefetched(epoch_iterator)
+        weights, counts, batches, failure = torch.zeros(len(UNITS), dtype=torch.float64), NO_COUNTS, [], None
+        waited_before = self._prefetched.waited
+        try:
+            batches, _ = super().get_batch_samples(self._prefetched, num_batches, device)
+            weights = sum((self.step_loss.weight_sums(batch) for batch in batches), weights)
+            counts = sum((batch_counts(batch) for batch in batches), counts)
+        except TeachOnceError as error:
+            failure = error
+        self.step_log.add_wait(self._prefetched.waited - waited_before)
+        failed = torch.tensor([failure is not None], dtype=torch.float64)
+        sums = self.over_ranks(torch.cat([weights, counts, failed]))
+        weights, counts, failed = sums.split([len(weights), len(counts), 1])
+        if failed:
+            self._stop_without_batches(failure)
+        self.step_log.add_counts(counts)
         if self.args.probe_steps and self.state.global_step % self.args.probe_steps == 0 and batches:
             self._probe(batches[0])
-        zeros = torch.zeros(len(UNITS), dtype=torch.float64)
-        # on the CPU still: no waiting for a GPU
-        weights = self._over_ranks(sum((self.step_loss.weight_sums(batch) for batch in batches), zeros))
-        self.step_log.add_counts(self._over_ranks(sum(batch_counts(batch) for batch in batches)))
-        return batches, weights.clamp(min=1).to(device, torch.float32)
+        return batches, weights.clamp(min=1)
 
-    def _over_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        if self.accelerator.num_processes == 1:
-            return values
-        return self.accelerator.reduce(values.to(self.args.device), "sum").cpu()
+    def _stop_prefetching(self) -> None:
+        if self._prefetched is not None:
+            self._prefetched.close()
+            self._prefetched = None
+
+    def _stop_without_batches(self, failure: TeachOnceError | None) -> None:
+        """Keep what was learned, then raise; failure: this rank's, or None where it was another's."""
+        step = self.state.global_step
+        if step and self.last_saved_step() != step:
+            self._save_checkpoint(self.model_wrapped, None)
+        after = f"training stopped after step {step}, from which the same command resumes"
+        if failure is None:
+            raise CorruptCacheError(f"another process could not read its documents (its error says why); {after}")
+        if isinstance(failure, CorruptCacheError):
+            after += "; repair the cache, or leave broken shards out with --on_corrupt quarantine"
+        raise type(failure)(f"{failure}; {after}") from failure
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Trainer's; tensors in pinned memory are sent to the GPU without waiting for it."""
+        if isinstance(data, torch.Tensor) and data.is_pinned():
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     # ---- loss
 
@@ -149,15 +199,8 @@ class CachedDistillationTrainer(Trainer):
     ) -> Any:
         """This micro-batch's share of the step's loss (all of it where `num_items_in_batch` is None)."""
         terms = self._terms(model, inputs, num_items_in_batch)
-        loss = (terms.new_tensor(self.step_loss.term_weights) * terms).sum()
-        if not torch.isfinite(loss):
-            names = self.step_loss.names
-            raise NonFiniteLossError(
-                f"the loss is {loss.item()} at step {self.state.global_step} "
-                f"({', '.join(f'{name} {term:.4g}' for name, term in zip(names, terms.tolist(), strict=True))}) in the "
-                f"batch of documents {', '.join(inputs['doc_ids'])}: lower --learning_rate or set --max_grad_norm, and "
-                "look at these documents; checkpoints before this step are intact"
-            )
+        loss = (self._sent(self.step_loss.term_weights) * terms).sum()
+        self.finite.watch(loss, terms, self.step_loss.names, inputs["doc_ids"], self.state.global_step)
         self.step_log.add_terms(terms)
         # DDP and FSDP average gradients over ranks, and the divisor is of all ranks already.
         loss = loss * self.accelerator.num_processes
@@ -166,11 +209,17 @@ class CachedDistillationTrainer(Trainer):
     def _terms(self, model: torch.nn.Module, inputs: Batch, divisor: torch.Tensor | None = None) -> torch.Tensor:
         """(terms,) float32: the sums of `StepLoss.names`, divided by their units' weights (None: the batch's own)."""
         if divisor is None:
-            divisor = self.step_loss.weight_sums(inputs).clamp(min=1)
-        head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        fed = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        logits_RV = picked_logits(model, head, fed, inputs["label_index_R"])
-        return self.step_loss.terms(logits_RV, inputs) / divisor.to(logits_RV.device)[self.step_loss.units]
+            divisor = self.step_loss.weight_sums(inputs).clamp(min=1).cpu()
+        if self.args.packing and not self._packing_checked:
+            check_packing(model, self.args.device)
+            self._packing_checked = True
+        logits_RV = picked_logits(model, inputs, inputs["label_index_R"])
+        return self.step_loss.terms(logits_RV, inputs) * self._sent(1 / divisor[self.step_loss.units])
+
+    def _sent(self, values: Any) -> torch.Tensor:
+        """A few numbers as float32 on the training device, without waiting for it."""
+        sent = torch.as_tensor(values, dtype=torch.float32)
+        return self._prepare_input(sent.pin_memory() if self.args.device.type == "cuda" else sent)
 
     # ---- what a run tells
 
@@ -211,9 +260,10 @@ class CachedDistillationTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Beside Trainer's own: each term, and the compared fractions, since the last line."""
+        """Beside Trainer's own: each term, the compared fractions, the waiting for data, since the last line."""
+        self.finite.check()
         if "loss" in logs and self.step_log.steps:
-            logs |= self.step_log.line(self.step_loss.names, self._over_ranks, bool(self.args.mixture.of_teacher))
+            logs |= self.step_log.line(self.step_loss.names, self.over_ranks, bool(self.args.mixture.of_teacher))
         super().log(logs, start_time)
 
     # ---- checkpoints
@@ -227,8 +277,18 @@ class CachedDistillationTrainer(Trainer):
         if resume_from_checkpoint:
             check_checkpoint(Path(resume_from_checkpoint), self.run)
         if self.args.mixture.of_teacher and self.comparison is None:
-            self.comparison = compare(self.train_dataset, self.data_collator)
-        return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **options)
+            self.comparison = compare(self.train_dataset.sample(SAMPLE_DOCUMENTS), self.data_collator)
+        try:
+            output = super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **options)
+        finally:
+            self._stop_prefetching()
+        self.finite.check()
+        return output
+
+    def _prepare_for_training(self, *arguments: Any, **options: Any) -> Any:
+        prepared = super()._prepare_for_training(*arguments, **options)
+        keep_output_dtype(self.accelerator.unwrap_model(self.model_wrapped))
+        return prepared
 
     def create_optimizer(self, *arguments: Any, **options: Any) -> torch.optim.Optimizer:
         """Trainer's; packages that an optimizer needs are missed only here. Raises ConfigError."""
@@ -242,6 +302,7 @@ class CachedDistillationTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Trainer's, then the record that makes it whole; older ones are removed only after that."""
+        self.finite.check()
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -256,6 +317,11 @@ class CachedDistillationTrainer(Trainer):
             write_record(folder, {"run": self.run, "step": self.state.global_step})
             if keep:
                 remove_old_checkpoints(folder.parent, keep, self.state.best_model_checkpoint)
+
+    def last_saved_step(self) -> int | None:
+        """The step of the newest whole checkpoint."""
+        newest = last_whole_checkpoint(Path(self.args.output_dir))
+        return None if newest is None else int(newest.name.rpartition("-")[2])
 
 
 @contextmanager

@@ -2,11 +2,9 @@
 
 import numpy as np
 import pytest
-import torch
 from training import config
 
 from distill import CachedDocuments, DistillationCollator, align
-from distill.head import picked_logits
 from distill.trainer import CachedDistillationTrainer  # noqa: F401 (the batch's reader)
 from storage_specs import cut_windows, open_cache, render
 from storage_specs.errors import ConfigError, TokenizerError
@@ -95,18 +93,3 @@ def test_slow_tokenizers_and_caches_without_ids_are_refused(cache_path, smollm2_
         DistillationCollator(ByT5Tokenizer(), config(tmp_path), cache)
     with pytest.raises(ConfigError, match="--k-ids"):
         DistillationCollator(smollm2_tokenizer, config(tmp_path, loss="mapped:1"), cache)
-
-
-def test_picked_logits_are_the_models_logits(student_path):
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(student_path, dtype=torch.float32)
-    inputs = {"input_ids": torch.randint(0, 1000, (3, 7)), "attention_mask": torch.ones(3, 7, dtype=torch.int64)}
-    index_R = torch.tensor([0, 5, 8, 20])
-    everything = model(**inputs).logits.flatten(0, 1)[index_R]
-    torch.testing.assert_close(picked_logits(model, model.get_output_embeddings(), inputs, index_R), everything)
-    torch.testing.assert_close(picked_logits(model, None, inputs, index_R), everything)
-    assert picked_logits(model, model.get_output_embeddings(), inputs, index_R[:0]).shape == (
-        0,
-        model.config.vocab_size,
-    )

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from distill.checkpoint import RECORD, begin, last_whole_checkpoint, saving, write_record
 from distill.main import main
-from distill.train import load_model, load_tokenizer, make_config
+from distill.students import load_model, load_tokenizer
+from distill.train import make_config
 from storage_specs import open_cache
 from storage_specs.command_line import run
 from storage_specs.errors import (

@@ -89,9 +89,9 @@ def recorded(one):
     return batches
 
 
-@pytest.mark.parametrize("stops", [[2], [3, 4, 5, 7, 8]], ids=str)
+@pytest.mark.parametrize("stops", [[2], [3, 5, 6, 7, 8]], ids=str)
 def test_resuming_is_as_if_nothing_had_happened(cache_path, student_path, tmp_path, stops):
-    """4 or 5 steps per epoch, 9 in all: stops mid-epoch, at an epoch's end, and several in a row."""
+    """6 steps per epoch, 9 in all: stops mid-epoch, at an epoch's end, and several in a row."""
     options = {
         "max_steps": 9,
         "save_strategy": "steps",
@@ -104,7 +104,7 @@ def test_resuming_is_as_if_nothing_had_happened(cache_path, student_path, tmp_pa
     straight = trainer(cache_path, student_path, tmp_path / "straight", **options)
     expected = recorded(straight)
     straight.train()
-    assert straight.batches.steps in (4, 5)
+    assert straight.batches.steps == 6
     seen = []
     for stop in [*stops, None]:
         one = trainer(cache_path, student_path, tmp_path / "stopped", **options)
@@ -219,7 +219,9 @@ def test_nothing_to_compare_is_an_error(cache_path, student_path, tmp_path, monk
         {"remove_unused_columns": True},
         {"eval_strategy": "sometimes"},
         {"save_strategy": "sometimes"},
-        {"per_device_train_batch_size": 100},
+        {"per_device_train_batch_size": 100, "dataloader_drop_last": True},
+        {"train_sampling_strategy": "sequential"},
+        {"on_corrupt": "ignore"},
         {"per_device_train_batch_size": 0},
         {"gradient_accumulation_steps": 0},
         {"seed": -1},

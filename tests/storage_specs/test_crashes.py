@@ -67,6 +67,7 @@ def test_a_real_file_size_limit(tmp_path: Path) -> None:
     kept = files_of(tmp_path / "cache")
     assert sorted(kept) == [
         "plan.json",
+        "shards/000000.id_word_steps.parquet",
         "shards/000000.ids.parquet",
         "shards/000000.json",
         "shards/000000.parquet",
