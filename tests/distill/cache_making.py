@@ -161,6 +161,7 @@ def write_cache(
         vocabulary=vocabulary,
         documents_per_shard=documents_per_shard,
         teacher_name=teacher_name,
+        text=text,
     )
 
 
@@ -174,6 +175,7 @@ def write_rows(
     vocabulary: Vocabulary | None,
     documents_per_shard: int = 4,
     teacher_name: str = "tiny-teacher",
+    text: bool = True,
 ) -> Path:
     """A finished cache of these rows; ids are theirs."""
     first_ids = next((document.token_ids for document in cached), None)
