@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from storage_specs.checksum import crc32c
+from storage_specs.confinement import open_inside
 from storage_specs.errors import (
     ChecksumMismatchError,
     MalformedObjectError,
@@ -85,17 +86,22 @@ class LocalObjects:
         self.root = Path(root)
 
     def size(self, name: str) -> int | None:
-        """Bytes of an object; None where there is none."""
+        """Bytes of an object; None where there is none. MalformedObjectError for symlinks, pipes and devices."""
         try:
-            return (self.root / name).stat().st_size
+            descriptor = open_inside(self.root, name)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        try:
+            return os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
 
     def read(self, name: str) -> bytes:
-        """Raises MissingObjectError."""
+        """Raises MissingObjectError; MalformedObjectError for symlinks, pipes and devices."""
         try:
-            return (self.root / name).read_bytes()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            with open(open_inside(self.root, name), "rb") as file:
+                return file.read()
+        except (FileNotFoundError, NotADirectoryError):
             raise MissingObjectError(f"{name}: expected an object, found none in {self.root}; {REMEDY}") from None
 
     def check_size(self, stored: StoredObject) -> None:
