@@ -38,7 +38,7 @@ class BuildConfig:
 
     teacher: str
     corpus: str
-    output: Path
+    output: str | Path
     k: int = 64
     k_ids: int | None = None
     engine: str = "auto"

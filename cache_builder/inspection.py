@@ -1,12 +1,12 @@
 """What is in a cache and what it costs, for people and (as JSON) for scripts; and what a build prints at its end."""
 
+import os
 from collections import Counter
 from io import BytesIO
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage_specs.objects import LocalObjects
+from storage_specs.objects import open_objects
 from storage_specs.reader import Cache, open_cache
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from storage_specs.document import CachedDocument
 
 
-def inspect(path: Path) -> dict[str, Any]:
+def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     """JSON-able facts from the manifest and from the sizes of the objects. Raises NotACacheError, CorruptCacheError."""
     cache = open_cache(path)
     manifest, columns = cache.manifest, column_bytes(cache)
@@ -49,7 +49,7 @@ def column_bytes(cache: Cache) -> dict[str, int]:
     size is looked at. Raises CorruptCacheError's kinds.
     """
     sizes: Counter[str] = Counter()
-    objects = LocalObjects(cache.path)
+    objects = open_objects(cache.path)
     for stored in chain.from_iterable(cache.table.objects):
         inside = stored.name.split("/")[1:]
         if stored.name.endswith(".parquet"):
@@ -86,7 +86,7 @@ def describe(facts: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def show_rows(path: Path, count: int) -> str:
+def show_rows(path: str | os.PathLike[str], count: int) -> str:
     """The first rows of the first document that has any: what was expected, and what followed."""
     cache = open_cache(path)
     document = next((cache[number] for number in range(len(cache)) if len(cache[number].segment)), None)
@@ -97,7 +97,7 @@ def show_rows(path: Path, count: int) -> str:
     return "\n".join(["", f"document {document.doc_id}", *lines]) + "\n"
 
 
-def build_summary(report: "BuildReport", path: Path) -> str:
+def build_summary(report: "BuildReport", path: str | os.PathLike[str]) -> str:
     """What one call of `build` did and what the cache holds now."""
     counts, work = report.manifest.counts, report.work
     size = sum(stored.size for stored in chain.from_iterable(open_cache(path).table.objects))

@@ -11,7 +11,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from storage_specs.command_line import Parser, nearest, parse, run
@@ -62,7 +61,7 @@ def build_parser() -> Parser:
         metavar="PATH",
         help=".jsonl, .json (.gz), .parquet, .txt, .md, a folder, or `datasets`",
     )
-    add("--output", required=True, type=Path, metavar="DIR", help="the cache's folder")
+    add("--output", required=True, metavar="PLACE", help="the cache's folder, or s3://, gs://, az:// and where")
     add("--k", type=int, metavar="N", help="sorted probabilities kept per row (64)")
     add("--k_ids", type=int, metavar="N", help="ranks whose token ids are kept too (16; 0 = none)")
     add("--engine", metavar="NAME", help="transformers | vllm | auto = vllm where it and a GPU are there (auto)")
@@ -125,7 +124,7 @@ def _engine_argument_names() -> list[str]:
 
 def _cache_parser(command: str) -> Parser:
     parser = Parser(prog=f"cache-builder {command}", description=SUMMARY[command].capitalize() + ".")
-    parser.add_argument("cache", type=Path, metavar="CACHE", help="the cache's folder")
+    parser.add_argument("cache", metavar="CACHE", help="the cache's folder or URL (s3://, gs://, az://, hf://)")
     return parser
 
 

@@ -13,8 +13,8 @@ class CachedDocuments(Dataset[CachedDocument]):
     """The documents of a cache that may be trained on, or with `held_out` those that never are.
 
     Documents without a single teacher row are left out of both. Items are decoded and verified when asked for; the
-    cache keeps the last few shards. `cache` is an open cache or its folder, of which ids are read only with `ids`.
-    Raises what `open_cache` raises.
+    cache keeps the last few shards. `cache` is an open cache, or its folder or URL, of which ids are read only with
+    `ids`. Raises what `open_cache` raises.
     """
 
     def __init__(self, cache: Cache | str | Path, held_out: bool = False, ids: bool = False) -> None:

@@ -52,7 +52,7 @@ def train_parser() -> Parser:
     )
     add = parser.add_argument
     add("--model_name_or_path", required=True, metavar="MODEL", help="hub name or local folder of the student")
-    add("--cache", required=True, type=Path, metavar="DIR", help="a finished cache of cache-builder")
+    add("--cache", required=True, metavar="PLACE", help="a finished cache: folder or URL (s3://, gs://, az://, hf://)")
     add("--output_dir", required=True, metavar="DIR", help="checkpoints and the trained student")
     add("--ce_weight", metavar="W", help="weight of the cross entropy on the text (1)")
     add("--uld_weight", metavar="W", help="weight of ULD on the teacher's sorted values (1.5)")
@@ -100,7 +100,7 @@ def evaluate_parser() -> Parser:
         description="Bits per byte on a cache's held-out documents, over bytes that the teacher and all models score.",
     )
     add = parser.add_argument
-    add("--cache", required=True, type=Path, metavar="DIR", help="a finished cache of cache-builder")
+    add("--cache", required=True, metavar="PLACE", help="a finished cache: folder or URL (s3://, gs://, az://, hf://)")
     add(
         "--model",
         required=True,
@@ -124,7 +124,7 @@ def align_report_parser() -> Parser:
         description="Put a teacher's rows and a student's tokens side by side: and a verdict.",
     )
     add = parser.add_argument
-    add("--cache", required=True, type=Path, metavar="DIR", help="a finished cache of cache-builder")
+    add("--cache", required=True, metavar="PLACE", help="a finished cache: folder or URL (s3://, gs://, az://, hf://)")
     add("--student", required=True, metavar="MODEL", help="hub name or folder; only its tokenizer is loaded")
     add("--html", type=Path, metavar="FILE", help="write the report as one HTML file")
     add("--json", action="store_true", help="print one JSON object")

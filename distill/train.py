@@ -51,7 +51,7 @@ class TrainingRun:
     """
 
     model_name_or_path: str
-    cache: Path
+    cache: str | Path
     config: DistillationConfig
     dtype: str = "float32"
     expected: dict[str, str] | None = None
@@ -138,7 +138,7 @@ def make_config(values: dict[str, Any]) -> DistillationConfig:
     return config
 
 
-def check_cache(manifest: Manifest, expected: dict[str, str], place: Path) -> None:
+def check_cache(manifest: Manifest, expected: dict[str, str], place: str | Path) -> None:
     """Raises CacheMismatchError where the cache is not the one that the flags name."""
     found = {
         "cache_id": manifest.cache_id,

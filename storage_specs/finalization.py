@@ -16,9 +16,10 @@ from storage_specs.errors import (
     NotACacheError,
 )
 from storage_specs.manifest import Manifest
-from storage_specs.objects import LocalObjects, StoredObject
+from storage_specs.objects import Objects, open_objects
 from storage_specs.sealed_json import digest_of
 from storage_specs.shard_record import ShardRecord, verified_record
+from storage_specs.stored_object import StoredObject
 
 _RESUME = "run the same `cache-builder build` command again"
 
@@ -28,19 +29,19 @@ def finalize_cache(path: str | os.PathLike[str]) -> Manifest:
 
     Every object is read and verified. Raises NotACacheError, IncompleteCacheError, CorruptCacheError's kinds.
     """
-    objects = LocalObjects(path)
+    objects = open_objects(path)
     finished = finished_manifest(objects)
     if finished is not None:
         return finished
     if objects.size(plan.NAME) is None:
-        raise NotACacheError(f"{objects.root}: no cache here, and none begun: expected {plan.NAME}")
+        raise NotACacheError(f"{objects.place}: no cache here, and none begun: expected {plan.NAME}")
     planned, config = plan.plan_from_bytes(objects.read(plan.NAME))
     shards = range(len(planned.shards))
     records = [verified_record(objects, shard, digest_of(config), planned.doc_ids_of(shard)) for shard in shards]
     return commit(objects, config, planned, records)
 
 
-def finished_manifest(objects: LocalObjects) -> Manifest | None:
+def finished_manifest(objects: Objects) -> Manifest | None:
     """The manifest, if there is one; what it names is looked at by size. Raises CorruptCacheError's kinds."""
     if objects.size(manifest_json.NAME) is None:
         return None
@@ -51,7 +52,7 @@ def finished_manifest(objects: LocalObjects) -> Manifest | None:
 
 
 def commit(
-    objects: LocalObjects, config: dict[str, Any], planned: plan.Plan, records: Sequence[ShardRecord | None]
+    objects: Objects, config: dict[str, Any], planned: plan.Plan, records: Sequence[ShardRecord | None]
 ) -> Manifest:
     """Write shards.parquet and manifest.json of verified records, one per shard of the plan, None where one is missing.
 
@@ -60,7 +61,7 @@ def commit(
     missing = [shard for shard, record in enumerate(records) if record is None]
     if missing:
         raise IncompleteCacheError(
-            f"{objects.root}: {len(missing)} of {len(records)} shards are missing or damaged (the first is number "
+            f"{objects.place}: {len(missing)} of {len(records)} shards are missing or damaged (the first is number "
             f"{missing[0]}); {_RESUME}"
         )
     vocabulary = _vocabulary(objects, config)
@@ -84,13 +85,13 @@ def commit(
     manifest = manifest_json.manifest_from_bytes(data)  # what is refused by readers is not written
     if not objects.create(manifest_json.NAME, data) and objects.read(manifest_json.NAME) != data:
         raise CacheMismatchError(
-            f"{objects.root}: another builder finished this cache with other bytes; its manifest was left as it is"
+            f"{objects.place}: another builder finished this cache with other bytes; its manifest was left as it is"
         )
     objects.sweep()
     return manifest
 
 
-def _vocabulary(objects: LocalObjects, config: dict[str, Any]) -> StoredObject | None:
+def _vocabulary(objects: Objects, config: dict[str, Any]) -> StoredObject | None:
     """The vocabulary's object as it lies there, if it is the one that was planned."""
     if config["vocabulary_digest"] is None:
         return None
@@ -98,11 +99,11 @@ def _vocabulary(objects: LocalObjects, config: dict[str, Any]) -> StoredObject |
         data = objects.read(vocabulary_table.NAME)
         stored = vocabulary_table.vocabulary_from_bytes(data, config["vocab_size"])
     except MissingObjectError:
-        raise MissingObjectError(f"{objects.root}: {vocabulary_table.NAME} is missing; {_RESUME}") from None
+        raise MissingObjectError(f"{objects.place}: {vocabulary_table.NAME} is missing; {_RESUME}") from None
     except ValueError as error:
-        raise MalformedObjectError(f"{objects.root}: {vocabulary_table.NAME}: {error}; {_RESUME}") from None
+        raise MalformedObjectError(f"{objects.place}: {vocabulary_table.NAME}: {error}; {_RESUME}") from None
     if vocabulary_table.vocabulary_digest(stored) != config["vocabulary_digest"]:
-        raise MalformedObjectError(f"{objects.root}: {vocabulary_table.NAME} is not the teacher's; {_RESUME}")
+        raise MalformedObjectError(f"{objects.place}: {vocabulary_table.NAME} is not the teacher's; {_RESUME}")
     return StoredObject.of(vocabulary_table.NAME, data)
 
 

@@ -7,9 +7,10 @@ from storage_specs import half, plan
 from storage_specs.columns import RowShape
 from storage_specs.document import canonical_json
 from storage_specs.errors import IncompleteCacheError, MalformedObjectError, NotACacheError
-from storage_specs.objects import REMEDY, LocalObjects, StoredObject
+from storage_specs.objects import Objects
 from storage_specs.sealed_json import seal, unseal
 from storage_specs.shard_record import record_name
+from storage_specs.stored_object import REMEDY, StoredObject
 from storage_specs.stores import STORES
 
 NAME = "manifest.json"
@@ -64,7 +65,7 @@ class Manifest:
         return {key: item.to_json() if isinstance(item, StoredObject) else item for key, item in values.items()}
 
 
-def read_manifest(objects: LocalObjects) -> Manifest:
+def read_manifest(objects: Objects) -> Manifest:
     """The manifest of a finished cache.
 
     Raises NotACacheError, IncompleteCacheError (with how many shards are missing), SpecVersionError, and
@@ -75,17 +76,17 @@ def read_manifest(objects: LocalObjects) -> Manifest:
         _check_length(size, NAME)
         return manifest_from_bytes(objects.read(NAME))
     if objects.size(plan.NAME) is None:
-        raise NotACacheError(f"{objects.root}: no cache here: expected {NAME}")
+        raise NotACacheError(f"{objects.place}: no cache here: expected {NAME}")
     planned, _ = plan.plan_from_bytes(objects.read(plan.NAME))
     shards = range(len(planned.shards))
     missing = sum(objects.size(record_name(shard)) is None for shard in shards)
     remedy = (
         "run the same `cache-builder build` command again"
         if missing
-        else f"run `cache-builder finalize {objects.root}`"
+        else f"run `cache-builder finalize {objects.place}`"
     )
     raise IncompleteCacheError(
-        f"{objects.root}: the build has not finished: {missing} of {len(shards)} shards are missing; {remedy}"
+        f"{objects.place}: the build has not finished: {missing} of {len(shards)} shards are missing; {remedy}"
     )
 
 

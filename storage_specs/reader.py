@@ -14,7 +14,7 @@ from storage_specs.columns import Columns
 from storage_specs.document import CachedDocument
 from storage_specs.errors import MalformedObjectError
 from storage_specs.manifest import Manifest, read_manifest
-from storage_specs.objects import LocalObjects
+from storage_specs.objects import Objects, open_objects
 from storage_specs.shard_record import record_name
 from storage_specs.shard_table import ShardTable
 from storage_specs.stores import shard_store, stem_of
@@ -27,12 +27,12 @@ _WRITTEN_WRONGLY = "the cache was written wrongly: rebuild it, and please report
 
 
 def open_cache(path: str | os.PathLike[str], ids: bool = True) -> "Cache":
-    """A finished cache. With `ids=False` the ids' objects are never opened and `token_ids` is None.
+    """A finished cache, at a folder or URL. With `ids=False` the ids' objects are never opened and `token_ids` is None.
 
     Reads and verifies manifest.json and shards.parquet; shards are read when they are asked for. Raises NotACacheError,
-    IncompleteCacheError, SpecVersionError, and the kinds of CorruptCacheError.
+    IncompleteCacheError, SpecVersionError, the kinds of CorruptCacheError, and ConfigError for URLs of no known store.
     """
-    objects = LocalObjects(path)
+    objects = open_objects(path)
     manifest = read_manifest(objects)
     table = shard_table.table_from_object(objects.fetch(manifest.shards))
     counts = {
@@ -53,12 +53,13 @@ def open_cache(path: str | os.PathLike[str], ids: bool = True) -> "Cache":
 class Cache:
     """An opened cache: a sequence of documents, and the same documents by shard. Made by `open_cache`.
 
-    path: pathlib.Path. manifest: Manifest. doc_ids: of every document, in order. rows_D, text_bytes_D: (D,) int64 of
-    every document. documents_per_shard: list of int. None of these reads a shard. The last few decoded shards are kept
-    (`DECODED_SHARDS_KEPT`). Threads may share it; a copy in another process (fork or pickle) works too.
+    path: pathlib.Path, or the URL as str. manifest: Manifest. doc_ids: of every document, in order. rows_D,
+    text_bytes_D: (D,) int64 of every document. documents_per_shard: list of int. None of these reads a shard. The last
+    few decoded shards are kept (`DECODED_SHARDS_KEPT`). Threads may share it; a copy in another process (fork or
+    pickle) works too.
     """
 
-    def __init__(self, objects: LocalObjects, manifest: Manifest, table: ShardTable, ids: bool) -> None:
+    def __init__(self, objects: Objects, manifest: Manifest, table: ShardTable, ids: bool) -> None:
         self.path, self.manifest = objects.root, manifest
         self.doc_ids: list[str] = list(table.doc_ids)
         self.rows_D, self.text_bytes_D = table.rows, table.text_bytes
@@ -116,7 +117,7 @@ class Cache:
             raise MalformedObjectError(f"{self.manifest.vocabulary.name}: {error}; {_WRITTEN_WRONGLY}") from None
 
 
-def read_columns(objects: LocalObjects, manifest: Manifest, table: ShardTable, shard: int, *, ids: bool) -> Columns:
+def read_columns(objects: Objects, manifest: Manifest, table: ShardTable, shard: int, *, ids: bool) -> Columns:
     """A shard's columns: every object verified before it is decoded, every rule checked after.
 
     Without `ids` the ids' objects are not opened. Raises the kinds of CorruptCacheError.
@@ -130,7 +131,7 @@ def read_columns(objects: LocalObjects, manifest: Manifest, table: ShardTable, s
         for stored in table.objects[shard]
         if stored.name != record_name(shard) and (ids or not store.holds_ids(stored.name, stem))
     ]
-    contents = {stored.name: objects.fetch(stored) for stored in wanted}
+    contents = objects.fetch_all(wanted)
     try:
         columns = store.decode(contents, stem, shape, size)
         problem = problem_of(columns, shape)

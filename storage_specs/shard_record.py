@@ -3,8 +3,9 @@
 from dataclasses import asdict, dataclass
 
 from storage_specs.errors import CorruptCacheError, MalformedObjectError, SpecVersionError
-from storage_specs.objects import REMEDY, LocalObjects, StoredObject
+from storage_specs.objects import Objects
 from storage_specs.sealed_json import seal, unseal
+from storage_specs.stored_object import REMEDY, StoredObject
 from storage_specs.stores import stem_of
 
 
@@ -52,7 +53,7 @@ def record_name(shard: int) -> str:
     return f"{stem_of(shard)}.json"
 
 
-def read_record(objects: LocalObjects, shard: int) -> ShardRecord:
+def read_record(objects: Objects, shard: int) -> ShardRecord:
     """A shard's record, its objects not yet looked at. Raises CorruptCacheError's kinds, SpecVersionError."""
     name = record_name(shard)
     record = ShardRecord.from_bytes(objects.read(name), name)
@@ -61,9 +62,7 @@ def read_record(objects: LocalObjects, shard: int) -> ShardRecord:
     return record
 
 
-def verified_record(
-    objects: LocalObjects, shard: int, config_digest: str, doc_ids: tuple[str, ...]
-) -> ShardRecord | None:
+def verified_record(objects: Objects, shard: int, config_digest: str, doc_ids: tuple[str, ...]) -> ShardRecord | None:
     """The shard's record if it belongs to this build and every object that it names verifies (all are read)."""
     try:
         record = read_record(objects, shard)

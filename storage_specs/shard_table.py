@@ -9,9 +9,9 @@ import numpy as np
 
 from storage_specs.columns import ShardSize
 from storage_specs.errors import CorruptCacheError, MalformedObjectError
-from storage_specs.objects import REMEDY, StoredObject
 from storage_specs.parquet import table_from_bytes, table_to_bytes
 from storage_specs.shard_record import ShardRecord
+from storage_specs.stored_object import REMEDY, StoredObject
 
 if TYPE_CHECKING:
     import pyarrow as pa

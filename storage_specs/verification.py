@@ -10,10 +10,11 @@ from storage_specs import plan, vocabulary_table
 from storage_specs.document import is_held_out
 from storage_specs.errors import CorruptCacheError
 from storage_specs.finalization import codec_of, counts_of
-from storage_specs.objects import LocalObjects, StoredObject
+from storage_specs.objects import Objects, open_objects
 from storage_specs.reader import Cache, open_cache, read_columns
 from storage_specs.sealed_json import digest_of
 from storage_specs.shard_record import ShardRecord, read_record
+from storage_specs.stored_object import StoredObject
 from storage_specs.stores import stem_of
 
 
@@ -52,7 +53,7 @@ def verify_cache(
     and the manifest's counts. `fast`: sizes only. `progress(done, all)`: called after every shard. Raises
     NotACacheError, IncompleteCacheError and SpecVersionError; damage is in the report's problems.
     """
-    objects = LocalObjects(path)
+    objects = open_objects(path)
     check = _Check(objects, fast)
     documents = rows = 0
     with check.damage():
@@ -78,7 +79,7 @@ def verify_cache(
 class _Check:
     """What was looked at and what is wrong, gathered on the way."""
 
-    def __init__(self, objects: LocalObjects, fast: bool) -> None:
+    def __init__(self, objects: Objects, fast: bool) -> None:
         self.store, self.fast = objects, fast
         self.problems: list[str] = []
         self.objects = self.bytes = 0
@@ -147,7 +148,7 @@ class _Check:
 
     def report(self, documents: int, rows: int) -> VerificationReport:
         return VerificationReport(
-            path=str(self.store.root),
+            path=self.store.place,
             fast=self.fast,
             objects=self.objects,
             bytes=self.bytes,

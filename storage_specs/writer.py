@@ -1,9 +1,9 @@
 """Writing a cache: the plan first, shards in any order, the manifest last. Rerunning resumes what was interrupted."""
 
-import itertools
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import chain, islice
 
 from storage_specs import plan as plan_json
 from storage_specs import shard_table, vocabulary_table
@@ -18,18 +18,20 @@ from storage_specs.errors import (
     StorageFullError,
 )
 from storage_specs.finalization import commit, finalize_cache, finished_manifest
+from storage_specs.local_objects import writing
 from storage_specs.manifest import Manifest
-from storage_specs.objects import WRITING_FOLDER, LocalObjects, StoredObject, writing
+from storage_specs.objects import open_objects
 from storage_specs.plan import Plan, differences, plan_from_bytes, plan_to_bytes
 from storage_specs.settings import CacheSettings
 from storage_specs.shard_record import ShardRecord, verified_record
+from storage_specs.stored_object import StoredObject
 from storage_specs.stores import shard_store, stem_of
 
 __all__ = ["CacheSettings", "CacheWriter", "finalize_cache"]
 
 
 class CacheWriter:
-    """Writes the cache of `plan` into the folder `path`, or resumes it there.
+    """Writes the cache of `plan` at `path` (a folder, or the URL of one), or resumes it there.
 
     The constructor writes plan.json and the vocabulary, or checks that those in the folder are the same, and removes
     what killed writers left. Raises OutputFolderError (the folder holds something else), CacheMismatchError (a cache of
@@ -37,11 +39,11 @@ class CacheWriter:
     """
 
     def __init__(self, path: str | os.PathLike[str], settings: CacheSettings, plan: Plan) -> None:
-        self.objects = LocalObjects(path)
+        self.objects = open_objects(path)
         self.settings, self.plan = settings, plan
         self.config_digest = settings.config_digest
         self._records: dict[int, ShardRecord] = {}
-        with writing(self.objects.root):  # looking into the folder may be refused, too
+        with writing(self.objects.root):  # looking into a folder may be refused, too
             self._claim()
             self.objects.sweep()
         if settings.vocabulary is not None and self.manifest is None:
@@ -61,7 +63,7 @@ class CacheWriter:
         finished = self.manifest
         if finished is not None:
             table = shard_table.table_from_object(self.objects.fetch(finished.shards))
-            for stored in itertools.chain.from_iterable(table.objects):
+            for stored in chain.from_iterable(table.objects):
                 self.objects.check_size(stored)
             return []
         missing = []
@@ -84,7 +86,7 @@ class CacheWriter:
         if not 0 <= shard < len(self.plan.shards):
             raise ConfigError(f"shard {shard} is not in the plan, which has {len(self.plan.shards)}")
         if self.manifest is not None:
-            raise ConfigError(f"{self.objects.root} is finished; a finished cache is never written to")
+            raise ConfigError(f"{self.objects.place} is finished; a finished cache is never written to")
         try:
             columns, l1_error_N = columns_of(documents, self.settings.row_shape)
             if columns.doc_ids != self.plan.doc_ids_of(shard):
@@ -128,7 +130,7 @@ class CacheWriter:
         missing = self.missing_shards()
         if missing:
             raise IncompleteCacheError(
-                f"{self.objects.root}: {len(missing)} of {len(self.plan.shards)} shards are missing "
+                f"{self.objects.place}: {len(missing)} of {len(self.plan.shards)} shards are missing "
                 f"(the first is {missing[0]}); run the same `cache-builder build` command again"
             )
         records = [self._records[shard] for shard in range(len(self.plan.shards))]
@@ -136,23 +138,21 @@ class CacheWriter:
 
     def _claim(self) -> None:
         """Make the folder ours: create plan.json, or find our own there."""
-        root, ours = self.objects.root, plan_to_bytes(self.plan, self.settings.config)
-        if root.exists() and not root.is_dir():
-            raise OutputFolderError(f"{root} is a file, not a folder; choose another output folder")
-        if root.is_dir() and self.objects.size(plan_json.NAME) is None:
-            others = sorted(entry.name for entry in root.iterdir() if entry.name != WRITING_FOLDER)
+        place, ours = self.objects.place, plan_to_bytes(self.plan, self.settings.config)
+        if self.objects.size(plan_json.NAME) is None:
+            others = [name for name, _ in islice(self.objects.list(), 4)]
             if others:
                 raise OutputFolderError(
-                    f"{root} holds something else ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}); "
+                    f"{place} holds something else ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}); "
                     "nothing was touched; choose an empty or new output folder"
                 )
         if self.objects.create(plan_json.NAME, ours):
             return
         theirs = self.objects.read(plan_json.NAME)
         if theirs != ours:
-            plan, config = plan_from_bytes(theirs, str(root / plan_json.NAME))
+            plan, config = plan_from_bytes(theirs, f"{place}/{plan_json.NAME}")
             differing = differences(plan, config, self.plan, self.settings.config)
             raise CacheMismatchError(
-                f"{root} holds a cache of another build: {differing}; "
+                f"{place} holds a cache of another build: {differing}; "
                 "use the same settings to resume it, or choose another output folder"
             )

@@ -14,7 +14,7 @@ from small_caches import STORES, begun, files_of, some_documents, some_settings,
 
 from storage_specs import verify_cache
 from storage_specs.errors import StorageFullError
-from storage_specs.objects import WRITING_FOLDER
+from storage_specs.local_objects import WRITING_FOLDER
 
 HERE = Path(__file__).parent
 

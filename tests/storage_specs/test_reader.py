@@ -26,11 +26,12 @@ from storage_specs.errors import (
     SizeMismatchError,
     SpecVersionError,
 )
-from storage_specs.objects import LocalObjects, StoredObject
+from storage_specs.local_objects import LocalObjects
 from storage_specs.plan import make_plan
 from storage_specs.reader import Cache
 from storage_specs.sealed_json import seal
 from storage_specs.shard_table import table_from_object
+from storage_specs.stored_object import StoredObject
 from storage_specs.writer import CacheWriter
 
 ROOT = Path(__file__).parents[2]

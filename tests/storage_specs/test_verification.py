@@ -15,10 +15,11 @@ from storage_specs.column_building import columns_of
 from storage_specs.columns import RowShape
 from storage_specs.errors import IncompleteCacheError, NotACacheError, SpecVersionError, TeachOnceError
 from storage_specs.finalization import commit
-from storage_specs.objects import LocalObjects, StoredObject
+from storage_specs.local_objects import LocalObjects
 from storage_specs.plan import make_plan
 from storage_specs.sealed_json import seal
 from storage_specs.shard_record import read_record
+from storage_specs.stored_object import StoredObject
 from storage_specs.stores import shard_store, stem_of
 
 FLIPS_PER_STORE = 300

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from storage_specs import objects as module
+from storage_specs import local_objects as module
 from storage_specs.errors import (
     ChecksumMismatchError,
     CorruptCacheError,
@@ -19,7 +19,8 @@ from storage_specs.errors import (
     SizeMismatchError,
     StorageFullError,
 )
-from storage_specs.objects import WRITING_FOLDER, LocalObjects, StoredObject
+from storage_specs.local_objects import WRITING_FOLDER, LocalObjects
+from storage_specs.stored_object import StoredObject
 
 
 def test_written_objects_are_read_back(tmp_path: Path) -> None:

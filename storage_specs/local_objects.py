@@ -1,0 +1,203 @@
+"""Objects as files under a folder: synced, then renamed into place."""
+
+import errno
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+
+from storage_specs.confinement import open_inside
+from storage_specs.errors import (
+    MissingObjectError,
+    OutputFolderError,
+    StorageFullError,
+    TeachOnceError,
+)
+from storage_specs.objects import Objects
+from storage_specs.stored_object import REMEDY, check_length
+
+# Files being written lie here, named host-pid-number, and are renamed into place; what a killed writer left is swept.
+WRITING_FOLDER = ".writing"
+_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+_numbers = count()
+_in_use: set[str] = set()
+
+
+class LocalObjects(Objects):
+    """Objects as files under a folder. An object appears whole or not at all, and stays after a power cut.
+
+    Sizes and bytes come from regular files only: MalformedObjectError for symlinks, pipes and devices.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+
+    def size(self, name: str) -> int | None:
+        try:
+            descriptor = open_inside(self.root, name)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        try:
+            return os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
+
+    def read(self, name: str) -> bytes:
+        try:
+            with open(open_inside(self.root, name), "rb") as file:
+                return file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            raise self._missing(name) from None
+
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        try:
+            with open(open_inside(self.root, name), "rb") as file:
+                there = max(0, os.fstat(file.fileno()).st_size - offset)
+                file.seek(offset)
+                data = file.read(min(size, there))  # read() allocates what it is asked for
+        except (FileNotFoundError, NotADirectoryError):
+            raise self._missing(name) from None
+        check_length(name, offset, size, len(data))
+        return data
+
+    def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        for folder, folders, files in os.walk(self.root / prefix.rpartition("/")[0]):
+            if Path(folder) == self.root and WRITING_FOLDER in folders:
+                folders.remove(WRITING_FOLDER)
+            for file in files:
+                name = Path(folder, file).relative_to(self.root).as_posix()
+                size = self.size(name)
+                if name.startswith(prefix) and size is not None:  # it may be gone by now
+                    yield name, size
+
+    def write_all(self, contents: Mapping[str, bytes]) -> None:
+        folders: set[Path] = set()
+        for name, data in contents.items():
+            target = self.root / name
+            folders |= self._make_folder(target.parent)
+            with self._written(data, target) as temporary:
+                os.replace(temporary, target)
+            folders.add(target.parent)
+        for folder in sorted(folders):
+            _sync(folder)
+
+    def create(self, name: str, data: bytes) -> bool:
+        target = self.root / name
+        folders = self._make_folder(target.parent)
+        with self._written(data, target) as temporary:
+            created = _place(temporary, target)
+        for folder in sorted(folders | {target.parent}):
+            _sync(folder)
+        return created
+
+    def delete(self, name: str) -> None:
+        with writing(self.root / name):
+            (self.root / name).unlink(missing_ok=True)
+        if (self.root / name).parent.is_dir():
+            _sync((self.root / name).parent)
+
+    def sweep(self) -> None:
+        folder = self.root / WRITING_FOLDER
+        for path in folder.iterdir() if folder.is_dir() else ():
+            host, process = _owner(path.name)
+            if host == socket.gethostname() and path.name not in _in_use and not _alive(process):
+                path.unlink(missing_ok=True)
+        with suppress(OSError):  # never made, or another builder is writing
+            folder.rmdir()
+
+    def _missing(self, name: str) -> MissingObjectError:
+        return MissingObjectError(f"{name}: expected an object, found none in {self.root}; {REMEDY}")
+
+    def _make_folder(self, folder: Path) -> set[Path]:
+        """Make a folder and its parents; returns the folders that got a new entry, to be synced."""
+        with writing(folder):
+            if self.root.exists() and not self.root.is_dir():
+                raise OutputFolderError(f"{self.root} is a file, not a folder; choose another output folder")
+            missing = [step for step in (folder, *folder.parents) if not step.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+        return {step.parent for step in missing}
+
+    @contextmanager
+    def _written(self, data: bytes, target: Path) -> Iterator[Path]:
+        """A synced temporary file with `data`, gone afterwards unless it was renamed."""
+        folder = self.root / WRITING_FOLDER
+        name = f"{socket.gethostname()}-{os.getpid()}-{next(_numbers)}"
+        _in_use.add(name)
+        try:
+            with writing(target):
+                folder.mkdir(exist_ok=True)
+                with open(folder / name, "xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                yield folder / name  # renaming and linking need space too
+        finally:
+            with suppress(OSError):  # swept later
+                (folder / name).unlink(missing_ok=True)
+            _in_use.discard(name)
+
+
+@contextmanager
+def writing(target: Path | str) -> Iterator[None]:
+    """Gives the system's errors their types: StorageFullError, or OutputFolderError for all that is not about space."""
+    try:
+        yield
+    except TeachOnceError:
+        raise
+    except OSError as error:
+        if error.errno not in _OUT_OF_SPACE:
+            raise OutputFolderError(
+                f"{target}: cannot be written ({error.strerror or error}); finished shards are kept: make it writable, "
+                "or choose another output folder"
+            ) from error
+        raise StorageFullError(
+            f"{target}: no space left to write it ({error.strerror}); finished shards are kept: free space "
+            "and run the same command again"
+        ) from error
+
+
+def _owner(name: str) -> tuple[str, int]:
+    """Host and process of a temporary file's name."""
+    host, process, _ = name.rsplit("-", 2) if name.count("-") >= 2 else ("", "0", "")
+    return host, int(process) if process.isdecimal() else 0
+
+
+def _alive(process: int) -> bool:
+    """Whether another process of this host has that id. Our own id on a file not in use means an earlier process."""
+    if process in (0, os.getpid()):
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _place(temporary: Path, target: Path) -> bool:
+    """Give a finished file its name if nothing has that name: whether it was given."""
+    try:
+        try:
+            os.link(temporary, target)
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            os.close(os.open(target, os.O_CREAT | os.O_EXCL))  # claims the name, on file systems without hard links
+            os.replace(temporary, target)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _sync(folder: Path) -> None:
+    """Make a folder's entries durable."""
+    with writing(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
