@@ -35,7 +35,7 @@ def finalize_cache(path: str | os.PathLike[str]) -> Manifest:
         return finished
     if objects.size(plan.NAME) is None:
         raise NotACacheError(f"{objects.place}: no cache here, and none begun: expected {plan.NAME}")
-    planned, config = plan.plan_from_bytes(objects.read(plan.NAME))
+    planned, config = plan.plan_from_bytes(objects.read_within(plan.NAME, plan.MAX_BYTES))
     shards = range(len(planned.shards))
     records = [verified_record(objects, shard, digest_of(config), planned.doc_ids_of(shard)) for shard in shards]
     return commit(objects, config, planned, records)
@@ -76,7 +76,7 @@ def commit(
             "held_out": {"rule": HELD_OUT_RULE, "documents": sum(map(is_held_out, planned.doc_ids))},
             "rank_edges": None,
             "counts": counts_of(records),
-            "plan": StoredObject.of(plan.NAME, objects.read(plan.NAME)).to_json(),
+            "plan": StoredObject.of(plan.NAME, objects.read_within(plan.NAME, plan.MAX_BYTES)).to_json(),
             "shards": StoredObject.of(shard_table.NAME, table).to_json(),
             "vocabulary": vocabulary and vocabulary.to_json(),
             "config_digest": digest_of(config),

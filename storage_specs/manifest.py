@@ -77,7 +77,7 @@ def read_manifest(objects: Objects) -> Manifest:
         return manifest_from_bytes(objects.read(NAME))
     if objects.size(plan.NAME) is None:
         raise NotACacheError(f"{objects.place}: no cache here: expected {NAME}")
-    planned, _ = plan.plan_from_bytes(objects.read(plan.NAME))
+    planned, _ = plan.plan_from_bytes(objects.read_within(plan.NAME, plan.MAX_BYTES))
     shards = range(len(planned.shards))
     missing = sum(objects.size(record_name(shard)) is None for shard in shards)
     remedy = (

@@ -148,7 +148,7 @@ class CacheWriter:
                 )
         if self.objects.create(plan_json.NAME, ours):
             return
-        theirs = self.objects.read(plan_json.NAME)
+        theirs = self.objects.read_within(plan_json.NAME, plan_json.MAX_BYTES)
         if theirs != ours:
             plan, config = plan_from_bytes(theirs, f"{place}/{plan_json.NAME}")
             differing = differences(plan, config, self.plan, self.settings.config)

@@ -1,7 +1,7 @@
 """Runs the attack gallery and prints how each malicious cache is refused.
 
-    python -m tests.attacks            # every attack
-    python -m tests.attacks bomb       # those with that in their name
+python -m tests.attacks            # every attack
+python -m tests.attacks bomb       # those with that in their name
 """
 
 import sys
