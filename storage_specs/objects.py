@@ -89,7 +89,7 @@ class Objects(ABC):
         return data
 
     def read_within(self, name: str, limit: int) -> bytes:
-        """The whole object, unverified, if it has at most `limit` bytes. Raises MissingObjectError, MalformedObjectError."""
+        """The whole object, unverified, of at most `limit` bytes. Raises MissingObjectError, MalformedObjectError."""
         size = self.size(name)
         if size is not None and size > limit:
             raise MalformedObjectError(f"{name}: {size} bytes, above the limit of {limit}")

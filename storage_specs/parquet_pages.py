@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 1 << 16  # of one page; ours have no statistics and take some 30
 MAX_DEPTH = 8  # of structs in a page header; the format needs 3
-# PLAIN and DELTA_LENGTH_BYTE_ARRAY. Dictionaries and DELTA_BYTE_ARRAY repeat a string at will: nothing bounds their size.
+# PLAIN, DELTA_LENGTH_BYTE_ARRAY. Dictionaries and DELTA_BYTE_ARRAY repeat a string at will: nothing bounds their size.
 BOUNDED_STRINGS = (0, 6)
 _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)
 _DATA_PAGE, _INDEX_PAGE, _DICTIONARY_PAGE, _DATA_PAGE_V2 = range(4)

@@ -8,7 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "storage_specs")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "storage_specs"))
+sys.path.insert(0, str(Path(__file__).parent))
 
 from gallery import ATTACKS
 from trials import LIMIT_MIB, LIMIT_MILLISECONDS, refusals

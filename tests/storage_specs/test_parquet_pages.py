@@ -105,7 +105,7 @@ def test_pages_that_end_too_early_or_too_late() -> None:
     data = written(some_table().select(["real"]), use_dictionary=False, compression="none")
     metadata = pq.ParquetFile(pa.BufferReader(data)).metadata
     for shift in (-1, 1, 7):
-        with pytest.raises(ValueError, match="page header|pages of column|nested"):
+        with pytest.raises(ValueError, match=r"page header|pages of column|nested"):
             decoded_size(metadata, lambda start, size, shift=shift: data[start + shift : start + shift + size])
     with pytest.raises(ValueError, match="cut off"):
         decoded_size(metadata, lambda start, size: data[start : start + 3])
