@@ -9,8 +9,9 @@ import pytest
 from tiny_teacher import make_tiny_teacher, write_corpus
 
 from cache_builder.builder import BuildConfig
+from cache_builder.commands import build as build_command
 from cache_builder.inspection import column_bytes
-from cache_builder.main import build_parser, main
+from cache_builder.main import main
 from storage_specs.command_line import run
 from storage_specs.errors import ConfigError, IncompleteCacheError, NotACacheError
 from storage_specs.reader import open_cache
@@ -98,7 +99,7 @@ def test_a_config_file_sets_what_flags_override(sources: list[str], tmp_path: Pa
 
 def test_every_field_of_the_config_is_a_flag() -> None:
     fields = set(BuildConfig.__dataclass_fields__) - {"engine_arguments"}
-    assert build_parser().names() == fields
+    assert build_command.parser().names() == fields
 
 
 @pytest.mark.parametrize(
