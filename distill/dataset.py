@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from storage_specs.document import CachedDocument, is_held_out
+from storage_specs.document import CachedDocument
 from storage_specs.reader import Cache, open_cache
 
 
@@ -20,11 +20,7 @@ class CachedDocuments(Dataset[CachedDocument]):
     def __init__(self, cache: Cache | str | Path, held_out: bool = False, ids: bool = False) -> None:
         self.cache = cache if isinstance(cache, Cache) else open_cache(cache, ids=ids)
         shard_of = np.repeat(np.arange(len(self.cache.documents_per_shard)), self.cache.documents_per_shard)
-        wanted = [
-            rows > 0 and is_held_out(doc_id) == held_out
-            for doc_id, rows in zip(self.cache.doc_ids, self.cache.rows_D, strict=True)
-        ]
-        self.numbers = np.flatnonzero(np.array(wanted, dtype=bool))
+        self.numbers = np.flatnonzero((self.cache.rows_D > 0) & (self.cache.held_out_D == held_out))
         self.documents_per_shard: list[int] = np.bincount(
             shard_of[self.numbers], minlength=len(self.cache.documents_per_shard)
         ).tolist()
@@ -33,4 +29,4 @@ class CachedDocuments(Dataset[CachedDocument]):
         return len(self.numbers)
 
     def __getitem__(self, index: int) -> CachedDocument:
-        return self.cache[int(self.numbers[index])]
+        return self.cache.streamed(int(self.numbers[index]))

@@ -1,170 +1,161 @@
 """The Arrow store: a shard is one Parquet file, `shards/000000.parquet`, one row per document with list columns.
 
-    doc_id, kind, text, messages (JSON), metadata (JSON): string
-    segment, byte_start, byte_end: list<uint32>    is_end: list<bool>    gold_logprob: list<float>
-    probs: list<fixed_size_list<halffloat>[K]>
-    token_ids: list<fixed_size_list<uint32>[I]>, in a file of its own, `shards/000000.ids.parquet`, where ids are kept
+    kind, text, messages (JSON), metadata (JSON): string
+    the arrays of the rows: list<number>; of an array (T, width) all T * width numbers of a document, row after row, or
+    rank after rank where it is rank-major
+    id_codes in a file of its own, `shards/000000.id_codes.parquet`, and so each table, one row per entry
 
-zstd pages with checksums; byte-stream-split for probs and gold_logprob, delta for byte_start and byte_end.
+zstd pages with checksums, row groups of whole documents.
+
+Legend: D documents, T rows of one document, N rows of all of them.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from storage_specs.columns import Columns, RowShape, ShardSize
+from storage_specs.codecs.base import ArraySpec
 from storage_specs.document import canonical_json
 from storage_specs.document_json import document_from_json, messages_to_json
-from storage_specs.parquet import table_from_bytes, table_to_bytes
+from storage_specs.parquet import read_rows, table_to_object
+from storage_specs.shard_bytes import EncodedObject, ShardBytes
+from storage_specs.stored_shard import Selection, ShardArrays, ShardSize, StoredShard
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 SUFFIX = ".parquet"
-IDS_SUFFIX = ".ids.parquet"
-ROW_CODING = {
-    "byte_start.list.element": "DELTA_BINARY_PACKED",
-    "byte_end.list.element": "DELTA_BINARY_PACKED",
-    "gold_logprob.list.element": "BYTE_STREAM_SPLIT",
-    "probs.list.element.list.element": "BYTE_STREAM_SPLIT",
-}
+ALONE = frozenset({"id_codes"})  # arrays in files of their own
+STRINGS = ("kind", "text", "messages", "metadata")
+ROWS_PER_GROUP = 8192
+CODING = {"u": "DELTA_BINARY_PACKED", "f": "BYTE_STREAM_SPLIT", "b": "PLAIN"}  # by numpy's kind of number
 
 
-def encode(columns: Columns, stem: str) -> dict[str, bytes]:
-    """{object name: bytes} of a shard; names start with `stem`. The same columns give the same bytes."""
+def encode(shard: StoredShard, wanted: ShardArrays, stem: str) -> dict[str, EncodedObject]:
+    """{object name: its bytes and parts} of a shard; names start with `stem`. The same shard gives the same bytes."""
     import pyarrow as pa
 
-    documents = columns.documents
-    ragged = _Ragged(columns.row_offsets)
-    table = pa.table(
-        {
-            "doc_id": pa.array(columns.doc_ids, pa.string()),
-            "kind": pa.array([document.kind for document in documents], pa.string()),
-            "text": pa.array([document.text for document in documents], pa.string()),
-            "messages": pa.array(
-                [canonical_json(messages_to_json(document)).decode() for document in documents], pa.string()
-            ),
-            "metadata": pa.array([canonical_json(document.metadata).decode() for document in documents], pa.string()),
-            "segment": ragged.of(columns.segment),
-            "byte_start": ragged.of(columns.byte_start),
-            "byte_end": ragged.of(columns.byte_end),
-            "is_end": ragged.of(columns.is_end),
-            "gold_logprob": ragged.of(columns.gold_logprob),
-            "probs": ragged.of(columns.probs),
-        }
-    )
-    contents = {stem + SUFFIX: table_to_bytes(table, ROW_CODING)}
-    if columns.token_ids is not None:
-        contents[stem + IDS_SUFFIX] = table_to_bytes(pa.table({"token_ids": ragged.of(columns.token_ids)}))
+    strings = {
+        "kind": [document.kind for document in shard.documents],
+        "text": [document.text for document in shard.documents],
+        "messages": [canonical_json(messages_to_json(document)).decode() for document in shard.documents],
+        "metadata": [canonical_json(document.metadata).decode() for document in shard.documents],
+    }
+    columns = {name: pa.array(values, pa.string()) for name, values in strings.items()}
+    groups = _groups(shard.document_rows)
+    contents = {}
+    for name, specs in _files(wanted).items():
+        lists = {spec.name: _lists(shard.arrays[spec.name], spec, shard.document_rows) for spec in specs}
+        table = pa.table(lists if name else columns | lists)
+        coding = {f"{spec.name}.list.element": CODING[spec.dtype.kind] for spec in specs}
+        contents[f"{stem}{name}{SUFFIX}"] = table_to_object(table, coding, groups)
+    for name in wanted.tables:
+        table = pa.table({name: pa.array(shard.tables[name], pa.uint32())})
+        contents[f"{stem}.{name}{SUFFIX}"] = table_to_object(table)
     return contents
 
 
-def decode(contents: Mapping[str, bytes], stem: str, shape: RowShape, size: ShardSize) -> Columns:
-    """The columns of verified objects; ids only where their object is among them.
+def decode(source: ShardBytes, stem: str, wanted: ShardArrays, size: ShardSize, selection: Selection) -> StoredShard:
+    """The selected documents of a shard of `size`, with the wanted arrays.
 
     Types, rows and sizes are compared with what is expected before anything is allocated. Raises ValueError.
     """
-
-    table = table_from_bytes(contents[stem + SUFFIX], _schema(shape), size.documents)
-    texts = table["text"].to_pylist()
-    if sum(len(text.encode()) for text in texts) != size.text_bytes:
-        raise ValueError(f"its texts have not the expected {size.text_bytes} bytes")
-    offsets_D1 = _offsets(table["segment"])
-    if offsets_D1[-1] != size.rows:
-        raise ValueError(f"its documents have {offsets_D1[-1]} rows, expected {size.rows}")
-
-    def flat(name: str, source: "pa.Table" = table) -> np.ndarray:
-        return _flat(source[name], name, offsets_D1)
-
-    token_ids_NI = None
-    if stem + IDS_SUFFIX in contents:
-        ids = table_from_bytes(contents[stem + IDS_SUFFIX], _ids_schema(shape), size.documents)
-        token_ids_NI = flat("token_ids", ids)
-    return Columns(
+    lengths, arrays, strings = {}, {}, {}
+    for name, specs in _files(wanted).items():
+        schema = _schema(specs, () if name else STRINGS)
+        table = read_rows(source, f"{stem}{name}{SUFFIX}", schema, selection.documents, size.documents)
+        strings |= {string: table[string].to_pylist() for string in (() if name else STRINGS)}
+        for spec in specs:
+            lengths[spec.name], arrays[spec.name] = _flat(table[spec.name], spec)
+    document_rows = lengths[wanted.arrays[0].name]
+    if any(not np.array_equal(found, document_rows) for found in lengths.values()):
+        raise ValueError("the arrays of a document have different numbers of rows")
+    text_bytes = sum(len(text.encode()) for text in strings["text"])
+    found, expected = (int(document_rows.sum()), text_bytes), (_count(selection.rows), _count(selection.text))
+    if found != expected:
+        raise ValueError(f"its documents have (rows, bytes of text) {found}, expected {expected}")
+    return StoredShard(
         documents=tuple(
             document_from_json(kind, text, json.loads(messages), json.loads(metadata))
-            for kind, text, messages, metadata in zip(
-                table["kind"].to_pylist(),
-                texts,
-                table["messages"].to_pylist(),
-                table["metadata"].to_pylist(),
-                strict=True,
-            )
+            for kind, text, messages, metadata in zip(*strings.values(), strict=True)
         ),
-        doc_ids=tuple(table["doc_id"].to_pylist()),
-        row_offsets=offsets_D1,
-        segment=flat("segment"),
-        byte_start=flat("byte_start"),
-        byte_end=flat("byte_end"),
-        is_end=flat("is_end"),
-        gold_logprob=flat("gold_logprob"),
-        probs=flat("probs"),
-        token_ids=token_ids_NI,
+        document_rows=document_rows,
+        arrays=arrays,
+        tables={name: _table(source, f"{stem}.{name}{SUFFIX}", name, most) for name, most in wanted.tables.items()},
     )
 
 
-def holds_ids(name: str, stem: str) -> bool:
-    """Whether an object of a shard is needed for its ids only."""
-    return name == stem + IDS_SUFFIX
+def columns_of(name: str, stem: str) -> frozenset[str]:
+    """The columns that an object of a shard holds; none for the file that every reader opens."""
+    inside = name.removeprefix(stem).removesuffix(SUFFIX).removeprefix(".")
+    return frozenset({inside} if inside else ())
 
 
-class _Ragged:
-    """Cuts flat arrays into list columns, one list per document."""
-
-    def __init__(self, offsets_D1: np.ndarray) -> None:
-        import pyarrow as pa
-
-        self.offsets = pa.array(offsets_D1.astype(np.int32))
-
-    def of(self, values: np.ndarray) -> "pa.ListArray":
-        import pyarrow as pa
-
-        flat = pa.array(values.reshape(-1))
-        if values.ndim == 2:
-            flat = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
-        return pa.ListArray.from_arrays(self.offsets, flat)
+def _files(wanted: ShardArrays) -> dict[str, list[ArraySpec]]:
+    """The arrays of each file, by what its name has between stem and suffix."""
+    files: dict[str, list[ArraySpec]] = {"": []}
+    for spec in wanted.arrays:
+        files.setdefault(f".{spec.name}" if spec.name in ALONE else "", []).append(spec)
+    return files
 
 
-def _schema(shape: RowShape) -> "pa.Schema":
+def _groups(document_rows: np.ndarray) -> list[int]:
+    """How many documents each row group holds: about ROWS_PER_GROUP rows, at least one document."""
+    group_D = (np.cumsum(document_rows) - document_rows) // ROWS_PER_GROUP
+    return np.unique(group_D, return_counts=True)[1].tolist()
+
+
+def _schema(specs: Sequence[ArraySpec], strings: Sequence[str]) -> "pa.Schema":
     import pyarrow as pa
 
-    return pa.schema(
-        [(name, pa.string()) for name in ("doc_id", "kind", "text", "messages", "metadata")]
-        + [(name, pa.list_(pa.uint32())) for name in ("segment", "byte_start", "byte_end")]
-        + [
-            ("is_end", pa.list_(pa.bool_())),
-            ("gold_logprob", pa.list_(pa.float32())),
-            ("probs", pa.list_(pa.list_(pa.float16(), shape.k))),
-        ]
-    )
+    lists = [(spec.name, pa.list_(pa.from_numpy_dtype(spec.dtype))) for spec in specs]
+    return pa.schema([*((name, pa.string()) for name in strings), *lists])
 
 
-def _ids_schema(shape: RowShape) -> "pa.Schema":
+def _lists(values: np.ndarray, spec: ArraySpec, document_rows: np.ndarray) -> "pa.ListArray":
+    """A list per document of all its numbers."""
     import pyarrow as pa
 
-    return pa.schema([("token_ids", pa.list_(pa.list_(pa.uint32(), shape.k_ids)))])
+    if values.dtype != spec.dtype or values.shape != spec.shape(int(document_rows.sum())):
+        raise ValueError(f"array {spec.name} is {values.dtype} {values.shape}")
+    ends = np.cumsum([0, *document_rows])
+    if spec.rank_major:
+        parts = [values[start:end].T.ravel() for start, end in pairwise(ends)]
+        values = np.concatenate([np.zeros(0, spec.dtype), *parts])
+    offsets = pa.array((ends * (spec.width or 1)).astype(np.int32))
+    return pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1)))
 
 
-def _offsets(column: "pa.ChunkedArray") -> np.ndarray:
-    if column.null_count:
-        raise ValueError("a list column has nulls")
-    lengths = column.combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
-    return np.cumsum([0, *lengths], dtype=np.int64)
-
-
-def _flat(column: "pa.ChunkedArray", name: str, offsets_D1: np.ndarray) -> np.ndarray:
-    """The values of a list column as a flat array, (N,) or (N, width)."""
-    import pyarrow as pa
-
+def _flat(column: "pa.ChunkedArray", spec: ArraySpec) -> tuple[np.ndarray, np.ndarray]:
+    """(D,) int64 rows of each document, and the array (N,) or (N, width) of all of them."""
     lists = column.combine_chunks()
     values = lists.flatten()
-    if values.null_count or not np.array_equal(_offsets(column), offsets_D1):
-        raise ValueError(f"column {name} has nulls, or other lengths than column segment")
-    if not pa.types.is_fixed_size_list(values.type):
-        return values.to_numpy(zero_copy_only=False)
-    inner = values.flatten()
-    if inner.null_count:
-        raise ValueError(f"column {name} has nulls")
-    return inner.to_numpy(zero_copy_only=False).reshape(len(values), values.type.list_size)
+    if lists.null_count or values.null_count:
+        raise ValueError(f"column {spec.name} has nulls")
+    numbers, width = values.to_numpy(zero_copy_only=False), spec.width or 1
+    lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+    if (lengths % width).any():
+        raise ValueError(f"column {spec.name} has lists that are not whole rows of {width}")
+    rows = lengths // width
+    if not spec.rank_major:
+        return rows, numbers if spec.width is None else numbers.reshape(-1, width)
+    transposed, ends = np.empty((width, int(rows.sum())), spec.dtype), np.cumsum([0, *rows])
+    for start, end in pairwise(ends):
+        transposed[:, start:end] = numbers[start * width : end * width].reshape(width, end - start)
+    return rows, transposed.T
+
+
+def _table(source: ShardBytes, name: str, column: str, most: int) -> np.ndarray:
+    import pyarrow as pa
+
+    table = read_rows(source, name, pa.schema([(column, pa.uint32())]), most=most)
+    if table[column].null_count:
+        raise ValueError(f"{name} has nulls")
+    return table[column].to_numpy()
+
+
+def _count(span: slice) -> int:
+    return span.stop - span.start

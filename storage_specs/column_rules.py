@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from storage_specs import half
-from storage_specs.columns import Columns, RowShape, ShardSize
+from storage_specs.codecs.base import RowValues, refuse_bad
+from storage_specs.columns import Columns, RowShape
 from storage_specs.document import CachedDocument, Document
+from storage_specs.stored_shard import ShardSize
 
 GOLD_LIMIT = 1e-3  # nats; float32 softmax may put a log-probability a little above 0
-SUM_TOLERANCE = 1e-3  # what a teacher's own softmax may be off by; stored rows sum to 1 exactly
 MOST_PER_SHARD = 2**31 - 1  # values (rows * k), and bytes of text: what Parquet's lists and strings can hold
 
 
@@ -23,14 +23,12 @@ def size_problem(size: ShardSize, shape: RowShape) -> str | None:
     return None
 
 
-def problem_of(columns: Columns, shape: RowShape) -> str | None:
-    """What makes the columns no valid shard, if anything: the rules that hold for every shard ever written."""
-    return (
-        message_problem(columns.documents)
-        or _place_problem(columns)
-        or half.problem_of(columns.probs)
-        or _scalar_problem(columns, shape)
-    )
+def problem_of(columns: Columns, vocab_size: int) -> str | None:
+    """What makes documents and rows no valid shard, if anything: the rules that hold for every shard ever written.
+
+    The values' own rules are the codec's (`Codec.problem_of`).
+    """
+    return message_problem(columns.documents) or _place_problem(columns) or _scalar_problem(columns, vocab_size)
 
 
 def input_problem(document: CachedDocument, shape: RowShape) -> str | None:
@@ -42,15 +40,11 @@ def input_problem(document: CachedDocument, shape: RowShape) -> str | None:
         "byte_end": ((rows,), np.int64),
         "is_end": ((rows,), np.bool_),
         "gold_logprob": ((rows,), np.float32),
-        "tail_mass": ((rows,), np.float32),
-        "probs": ((rows, shape.k), np.float32),
     }
     if shape.k_ids:
         expected["token_ids"] = ((rows, shape.k_ids), np.int64)
     elif document.token_ids is not None:
         return "token_ids must be None where k_ids is 0"
-    if document.tail_bins is not None:
-        return "tail_bins have no place in the value coding `half`"
     for name, (array_shape, dtype) in expected.items():
         array = getattr(document, name)
         if not isinstance(array, np.ndarray) or array.shape != array_shape or array.dtype != dtype:
@@ -60,21 +54,12 @@ def input_problem(document: CachedDocument, shape: RowShape) -> str | None:
         array = getattr(document, name)
         if array is not None and array.size and not 0 <= array.min() <= array.max() < 2**32:
             return f"{name} holds {array.min()} to {array.max()}, outside 0 to 2^32 - 1"
-    return _value_problem(document.probs, document.tail_mass)
-
-
-def _value_problem(probs_TK: np.ndarray, tail_T: np.ndarray) -> str | None:
-    if not (np.isfinite(probs_TK).all() and np.isfinite(tail_T).all()):
-        return "probs or tail_mass hold a value that is not finite"
-    if (probs_TK < 0).any() or (tail_T < 0).any():
-        return "probs or tail_mass hold a negative value"
-    if (probs_TK[:, 1:] > probs_TK[:, :-1]).any():
-        return "probs are not sorted descending"
-    total_T = probs_TK.sum(axis=1, dtype=np.float64) + tail_T
-    if (np.abs(total_T - 1) > SUM_TOLERANCE).any():
-        worst = total_T[np.abs(total_T - 1).argmax()]
-        return f"probs and tail_mass of a row sum to {worst:.6f}, not to 1 within {SUM_TOLERANCE}"
-    return None
+    try:
+        values = RowValues(probs=document.probs, tail_mass=document.tail_mass, tail_bins=document.tail_bins)
+        refuse_bad(values, shape.k, shape.bins)
+    except ValueError as error:
+        return str(error)
+    return None if len(document.probs) == rows else f"probs must have {rows} rows, found {len(document.probs)}"
 
 
 def message_problem(documents: Sequence[Document]) -> str | None:
@@ -106,7 +91,7 @@ def _place_problem(columns: Columns) -> str | None:
     start_M, end_M, scored_M = (
         np.array([getattr(message, name) for message in messages]) for name in ("byte_start", "byte_end", "scored")
     )
-    start_N, end_N = columns.byte_start.astype(np.int64), columns.byte_end.astype(np.int64)
+    start_N, end_N = columns.byte_start, columns.byte_end
     back_N = np.zeros(len(start_N), dtype=bool)
     back_N[1:] = (start_N[1:] < end_N[:-1]) | (message_N[1:] < message_N[:-1])
     back_N[columns.row_offsets[:-1][rows_D > 0]] = False  # a document's first row follows none
@@ -128,12 +113,12 @@ def _at(columns: Columns, bad_N: np.ndarray, problem: str) -> str:
     return f"document {number}, row {row - columns.row_offsets[number]}: {problem}"
 
 
-def _scalar_problem(columns: Columns, shape: RowShape) -> str | None:
+def _scalar_problem(columns: Columns, vocab_size: int) -> str | None:
     gold_N, ids_NI = columns.gold_logprob, columns.token_ids
     bad_N = ~np.isfinite(gold_N) | (gold_N > GOLD_LIMIT)
     if bad_N.any():
         return _at(columns, bad_N, f"its gold_logprob is {gold_N[bad_N.argmax()]}, not finite or above 0")
-    if ids_NI is not None and ids_NI.size and ids_NI.max() >= shape.vocab_size:
-        bad_N = (ids_NI >= shape.vocab_size).any(axis=1)
-        return _at(columns, bad_N, f"token id {ids_NI.max()} in a vocabulary of {shape.vocab_size}")
+    if ids_NI is not None and ids_NI.size and ids_NI.max() >= vocab_size:
+        bad_N = (ids_NI >= vocab_size).any(axis=1)
+        return _at(columns, bad_N, f"token id {ids_NI.max()} in a vocabulary of {vocab_size}")
     return None

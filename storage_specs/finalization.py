@@ -1,12 +1,12 @@
 """Finishing a cache: the shard table, then the manifest, which makes the folder a cache."""
 
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
 
-from storage_specs import half, plan, shard_table, vocabulary_table
 from storage_specs import manifest as manifest_json
+from storage_specs import plan, shard_table, vocabulary_table
+from storage_specs.columns import RowShape
 from storage_specs.document import HELD_OUT_RULE, is_held_out
 from storage_specs.errors import (
     CacheMismatchError,
@@ -15,6 +15,7 @@ from storage_specs.errors import (
     MissingObjectError,
     NotACacheError,
 )
+from storage_specs.l1_errors import L1Errors
 from storage_specs.manifest import Manifest
 from storage_specs.objects import Objects, open_objects
 from storage_specs.sealed_json import digest_of
@@ -46,7 +47,7 @@ def finished_manifest(objects: Objects) -> Manifest | None:
     if objects.size(manifest_json.NAME) is None:
         return None
     manifest = manifest_json.read_manifest(objects)
-    for stored in filter(None, (manifest.plan, manifest.shards, manifest.vocabulary)):
+    for stored in manifest.objects:
         objects.check_size(stored)
     return manifest
 
@@ -54,9 +55,10 @@ def finished_manifest(objects: Objects) -> Manifest | None:
 def commit(
     objects: Objects, config: dict[str, Any], planned: plan.Plan, records: Sequence[ShardRecord | None]
 ) -> Manifest:
-    """Write shards.parquet and manifest.json of verified records, one per shard of the plan, None where one is missing.
+    """Write shards.parquet, documents.parquet and manifest.json of verified records, one per shard of the plan.
 
-    Raises IncompleteCacheError, CacheMismatchError (another builder wrote another manifest), StorageFullError.
+    None stands for a record that is missing. Raises IncompleteCacheError, CacheMismatchError (another builder wrote
+    another manifest), StorageFullError.
     """
     missing = [shard for shard, record in enumerate(records) if record is None]
     if missing:
@@ -65,19 +67,21 @@ def commit(
             f"{missing[0]}); {_RESUME}"
         )
     vocabulary = _vocabulary(objects, config)
-    table = shard_table.table_to_object(records)
-    objects.write_all({shard_table.NAME: table})
+    table, doc_ids = shard_table.table_to_object(records), shard_table.doc_ids_to_object(records)
+    objects.write_all({shard_table.NAME: table, shard_table.DOCUMENTS_NAME: doc_ids})
+    shape = row_shape_of(config)
     data = manifest_json.manifest_to_bytes(
         {
             **{name: config[name] for name in ("teacher", "tokenizer", "chat_template", "engine", "windows")},
             **{name: config[name] for name in ("k", "k_ids", "vocab_size", "store")},
             "corpus": {"digest": planned.corpus_digest, "documents": len(planned.doc_ids)},
-            "codec": codec_of(records),
+            "codec": codec_facts(shape, records),
             "held_out": {"rule": HELD_OUT_RULE, "documents": sum(map(is_held_out, planned.doc_ids))},
-            "rank_edges": None,
+            "rank_edges": shape.rank_edges and list(shape.rank_edges),
             "counts": counts_of(records),
             "plan": StoredObject.of(plan.NAME, objects.read_within(plan.NAME, plan.MAX_BYTES)).to_json(),
             "shards": StoredObject.of(shard_table.NAME, table).to_json(),
+            "documents": StoredObject.of(shard_table.DOCUMENTS_NAME, doc_ids).to_json(),
             "vocabulary": vocabulary and vocabulary.to_json(),
             "config_digest": digest_of(config),
         }
@@ -107,13 +111,21 @@ def _vocabulary(objects: Objects, config: dict[str, Any]) -> StoredObject | None
     return StoredObject.of(vocabulary_table.NAME, data)
 
 
-def codec_of(records: Sequence[ShardRecord]) -> dict[str, Any]:
-    """The manifest's `codec` of all shards' records."""
-    rows = sum(sum(record.document_rows) for record in records)
+def row_shape_of(config: dict[str, Any]) -> RowShape:
+    """The shape of rows of a plan's `config`."""
+    return RowShape(**{name: config[name] for name in ("k", "k_ids", "vocab_size", "profile", "parameters")})
+
+
+def codec_facts(shape: RowShape, records: Sequence[ShardRecord]) -> dict[str, Any]:
+    """The manifest's `codec`: which it is, the proven bound of its L1 error, and what was measured over all shards."""
+    errors = L1Errors.merged(record.l1_errors for record in records)
     return {
-        "profile": half.PROFILE,
-        "max_l1_error": max(record.max_l1_error for record in records),
-        "mean_l1_error": math.fsum(record.sum_l1_error for record in records) / max(1, rows),
+        "profile": shape.profile,
+        "parameters": shape.codec.parameters,
+        "bound_l1_error": shape.codec.max_l1_error,
+        "max_l1_error": errors.max,
+        "p99_l1_error": errors.percentile(0.99),
+        "mean_l1_error": errors.mean,
     }
 
 

@@ -1,12 +1,13 @@
 """manifest.json: the last object of a cache, which names and proves all others."""
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
-from storage_specs import half, plan
+from storage_specs import plan
 from storage_specs.columns import RowShape
 from storage_specs.document import canonical_json
-from storage_specs.errors import IncompleteCacheError, MalformedObjectError, NotACacheError
+from storage_specs.errors import ConfigError, IncompleteCacheError, MalformedObjectError, NotACacheError
 from storage_specs.objects import Objects
 from storage_specs.sealed_json import seal, unseal
 from storage_specs.shard_record import record_name
@@ -23,10 +24,12 @@ class Manifest:
     """The fields of manifest.json, by their names there.
 
     cache_id: sha256 (hex) of all the others. teacher, tokenizer, chat_template, engine, windows: as the builder gave
-    them. corpus: {digest, documents}. k, k_ids, vocab_size, store: see `CacheSettings`. codec: {profile, max_l1_error,
-    mean_l1_error} of values and tail, measured. held_out: {rule, documents}. rank_edges: None in this version.
-    counts: {documents, rows, end_rows, empty_documents, text_bytes, unscored_bytes}. plan, shards, vocabulary (None
-    without ids): the objects plan.json, shards.parquet, vocabulary.parquet. config_digest: of the builder's settings.
+    them. corpus: {digest, documents}. k, k_ids, vocab_size, store: see `CacheSettings`. codec: {profile, parameters,
+    bound_l1_error, max_l1_error, p99_l1_error, mean_l1_error}: the bound is proven, the others measured. held_out:
+    {rule, documents}. rank_edges: ranks between which the bins of the tail lie, None without bins. counts: {documents,
+    rows, end_rows, empty_documents, text_bytes, unscored_bytes}. plan, shards, documents, vocabulary (None without
+    ids): the objects plan.json, shards.parquet, documents.parquet, vocabulary.parquet. config_digest: of the builder's
+    settings.
     """
 
     spec_version: int
@@ -47,17 +50,29 @@ class Manifest:
     counts: dict[str, int]
     plan: StoredObject
     shards: StoredObject
+    documents: StoredObject
     vocabulary: StoredObject | None
     config_digest: str
 
-    @property
+    @cached_property
     def row_shape(self) -> RowShape:
-        return RowShape(k=self.k, k_ids=self.k_ids, vocab_size=self.vocab_size)
+        return RowShape(
+            k=self.k,
+            k_ids=self.k_ids,
+            vocab_size=self.vocab_size,
+            profile=self.codec["profile"],
+            parameters=self.codec["parameters"],
+        )
 
     @property
     def stored(self) -> StoredObject:
         """manifest.json itself."""
         return StoredObject.of(NAME, canonical_json(self.to_json()))
+
+    @property
+    def objects(self) -> tuple[StoredObject, ...]:
+        """The cache's objects that belong to no shard, without manifest.json."""
+        return tuple(filter(None, (self.plan, self.shards, self.documents, self.vocabulary)))
 
     def to_json(self) -> dict[str, Any]:
         """JSON values, as in manifest.json."""
@@ -100,12 +115,12 @@ def manifest_from_bytes(data: bytes, place: str = NAME) -> Manifest:
     _check_length(len(data), place)
     value = unseal(data, "cache_id", place, REMEDY)
     try:
-        for key in ("plan", "shards", "vocabulary"):
+        for key in ("plan", "shards", "documents", "vocabulary"):
             if key != "vocabulary" or value[key] is not None:
                 value[key] = StoredObject.from_json(value[key], f"{place}, {key}")
         manifest = Manifest(**value)
         problem = _problem_of(manifest)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ConfigError) as error:
         raise MalformedObjectError(f"{place}: not a manifest ({error})") from None
     if problem:
         raise MalformedObjectError(f"{place}: {problem}")
@@ -126,8 +141,11 @@ def _problem_of(manifest: Manifest) -> str | None:
         return f"k, k_ids and vocab_size are {sizes}, but 0 <= k_ids <= k <= vocab_size <= 2^32 and k >= 1 must hold"
     if manifest.store not in STORES:
         return f"store {manifest.store!r} is none of {', '.join(STORES)}"
-    if manifest.codec.get("profile") != half.PROFILE:
-        return f"codec profile {manifest.codec.get('profile')!r} is not {half.PROFILE!r}"
+    edges = manifest.row_shape.rank_edges
+    if manifest.rank_edges != (None if edges is None else list(edges)):
+        return f"rank_edges are {manifest.rank_edges!r:.100}, but those of its codec are {edges!r:.100}"
+    if edges is not None and edges[-1] != vocab_size:
+        return f"rank_edges end at {edges[-1]}, but vocab_size is {vocab_size}"
     if (manifest.vocabulary is None) != (manifest.k_ids == 0):
         return "a vocabulary belongs to a cache exactly where ids do"
     return None

@@ -1,51 +1,157 @@
-"""Parquet files as bytes: how every table of a cache is written and read back."""
+"""Parquet files as bytes: how every table of a cache is written and read back.
 
+Legend: a part is a range of an object with a checksum of its own (`shard_bytes`).
+"""
+
+import io
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+
+from storage_specs.shard_bytes import EncodedObject, ShardBytes, WholeObjects
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 MAX_UNCOMPRESSED_BYTES = 1 << 34
+MAGIC = b"PAR1"
 
 
-def table_to_bytes(table: "pa.Table", coding: dict[str, str] | None = None, rows_per_group: int | None = None) -> bytes:
-    """A table as a Parquet file: zstd, page checksums, no dictionaries where a coding is given."""
+def table_to_bytes(table: "pa.Table", rows_per_group: int | None = None) -> bytes:
+    """A table as a Parquet file: zstd, page checksums, no dictionaries."""
+    groups = [rows_per_group] * (table.num_rows // rows_per_group) if rows_per_group else []
+    rest = table.num_rows - sum(groups)
+    return table_to_object(table, groups=[*groups, *([rest] if rest else [])]).data
+
+
+def table_to_object(
+    table: "pa.Table", coding: dict[str, str] | None = None, groups: Sequence[int] | None = None
+) -> EncodedObject:
+    """A table as a Parquet file, cut into its column chunks and its footer.
+
+    coding: Parquet's encoding by column path; plain where none is given. groups: rows of each row group.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        table,
+    with pq.ParquetWriter(
         sink,
+        table.schema,
         compression="zstd",
-        compression_level=3,
+        compression_level=9,
         use_dictionary=False,
-        column_encoding=coding,
+        column_encoding=coding or None,
         write_statistics=False,
         write_page_checksum=True,
-        row_group_size=rows_per_group or max(1, table.num_rows),
-    )
-    return sink.getvalue().to_pybytes()
+    ) as writer:
+        start = 0
+        for rows in groups or [table.num_rows]:
+            writer.write_table(table.slice(start, rows), row_group_size=max(1, rows))
+            start += rows
+    data = sink.getvalue().to_pybytes()
+    return EncodedObject(data, _part_sizes(data))
 
 
 def table_from_bytes(data: bytes, schema: "pa.Schema", rows: int | None = None) -> "pa.Table":
     """The table of a verified Parquet file. Raises ValueError, before decoding it where schema or sizes are others."""
+    return read_rows(WholeObjects({"": data}), "", schema, count=rows)
+
+
+def read_rows(
+    source: ShardBytes,
+    name: str,
+    schema: "pa.Schema",
+    wanted: slice | None = None,
+    count: int | None = None,
+    most: int | None = None,
+) -> "pa.Table":
+    """The `wanted` rows (all) of a Parquet file that must have `schema`, and `count` rows, or `most` at the most.
+
+    Only the row groups that hold them are read. Raises ValueError, before decoding where schema or sizes are others.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-        if not file.schema_arrow.equals(schema):
-            raise ValueError(f"its columns are {_types(file.schema_arrow)}, expected {_types(schema)}")
-        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
-        if sum(group.total_byte_size for group in groups) > MAX_UNCOMPRESSED_BYTES:
+        metadata = _footer(source, name)
+        if not metadata.schema.to_arrow_schema().equals(schema):
+            raise ValueError(f"its columns are {_types(metadata.schema.to_arrow_schema())}, expected {_types(schema)}")
+        rows = metadata.num_rows
+        if rows != (rows if count is None else count) or rows > (rows if most is None else most):
+            raise ValueError(f"it has {rows} rows, expected {most if count is None else count}")
+        sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+        ends = [sum(sizes[: number + 1]) for number in range(len(sizes))]
+        wanted = wanted or slice(0, rows)
+        groups = [n for n, end in enumerate(ends) if end > wanted.start and end - sizes[n] < wanted.stop]
+        if sum(metadata.row_group(number).total_byte_size for number in groups) > MAX_UNCOMPRESSED_BYTES:
             raise ValueError(f"it claims to decode to more than {MAX_UNCOMPRESSED_BYTES} bytes")
-        if rows is not None and file.metadata.num_rows != rows:
-            raise ValueError(f"it has {file.metadata.num_rows} rows, expected {rows}")
-        table = file.read().combine_chunks()
+        if len(groups) == len(sizes):
+            file: Any = pa.BufferReader(source.read(name))
+        else:
+            file = pa.PythonFile(_Ranges(source, name), mode="r")
+        opened = pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True, pre_buffer=False)
+        table = opened.read_row_groups(groups, use_threads=False).combine_chunks()
+        before = ends[groups[0]] - sizes[groups[0]] if groups else 0
+        return table.slice(wanted.start - before, wanted.stop - wanted.start)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"not a readable Parquet file ({error})") from None
-    return table
+
+
+class _Ranges(io.RawIOBase):
+    """An object of a shard as a file: what is read of it was verified."""
+
+    def __init__(self, source: ShardBytes, name: str) -> None:
+        self._source, self._name, self._place = source, name, 0
+        self._size = source.size(name)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._place = offset + {0: 0, 1: self._place, 2: self._size}[whence]
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def read(self, size: int = -1) -> bytes:
+        stop = self._size if size < 0 else min(self._size, self._place + size)
+        data = bytes(self._source.read(self._name, self._place, stop))
+        self._place = stop
+        return data
+
+
+def _footer(source: ShardBytes, name: str) -> "pq.FileMetaData":
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    size = source.size(name)
+    if size < 12:
+        raise ValueError(f"{size} bytes are no Parquet file")
+    length = int.from_bytes(source.read(name, size - 8, size - 4), "little") + 8
+    if not 8 < length <= size - 4:
+        raise ValueError(f"its footer claims {length} bytes of {size}")
+    # pyarrow asks for a whole file; of this one it needs only the end
+    return pq.read_metadata(pa.BufferReader(MAGIC + bytes(source.read(name, size - length, size))))
+
+
+def _part_sizes(data: bytes) -> list[int]:
+    """Sizes of the column chunks, the first with the magic number before it, and of the footer."""
+    source = WholeObjects({"": data})
+    metadata, footer = _footer(source, ""), int.from_bytes(data[-8:-4], "little") + 8
+    columns = [
+        metadata.row_group(group).column(column)
+        for group in range(metadata.num_row_groups)
+        for column in range(metadata.num_columns)
+    ]
+    starts = sorted(column.data_page_offset for column in columns)
+    cuts = [0, *starts[1:], len(data) - footer, len(data)]
+    return [stop - start for start, stop in pairwise(cuts)]
 
 
 def _types(schema: Any) -> str:

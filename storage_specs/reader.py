@@ -2,28 +2,28 @@
 
 import operator
 import os
+from collections import OrderedDict
 from collections.abc import Iterator
-from functools import cached_property, lru_cache, partial
+from contextlib import suppress
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from storage_specs import shard_table, vocabulary_table
-from storage_specs.column_rules import problem_of, size_problem
 from storage_specs.columns import Columns
 from storage_specs.document import CachedDocument
 from storage_specs.errors import MalformedObjectError
 from storage_specs.manifest import Manifest, read_manifest
 from storage_specs.objects import Objects, open_objects
-from storage_specs.shard_record import record_name
+from storage_specs.shard_reading import WRITTEN_WRONGLY, ShardReader
 from storage_specs.shard_table import ShardTable
-from storage_specs.stores import shard_store, stem_of
 
 if TYPE_CHECKING:
     from storage_specs.vocabulary import Vocabulary
 
-DECODED_SHARDS_KEPT = 4  # per open cache; a shard in memory costs its decompressed columns (values as float16)
-_WRITTEN_WRONGLY = "the cache was written wrongly: rebuild it, and please report this"
+DECODED_SHARDS_KEPT = 4  # per open cache; a row costs 4 bytes per value and 8 per id
+RECORDS_KEPT = 64  # of shards whose documents are read one by one
 
 
 def open_cache(path: str | os.PathLike[str], ids: bool = True) -> "Cache":
@@ -36,7 +36,7 @@ def open_cache(path: str | os.PathLike[str], ids: bool = True) -> "Cache":
     manifest = read_manifest(objects)
     table = shard_table.table_from_object(objects.fetch(manifest.shards))
     counts = {
-        "documents": len(table.doc_ids),
+        "documents": len(table.rows),
         "rows": int(table.rows.sum()),
         "empty_documents": int((table.rows == 0).sum()),
         "text_bytes": int(table.text_bytes.sum()),
@@ -45,7 +45,7 @@ def open_cache(path: str | os.PathLike[str], ids: bool = True) -> "Cache":
         if manifest.counts[name] != found:
             raise MalformedObjectError(
                 f"{shard_table.NAME}: {found} {name}, but the manifest counts {manifest.counts[name]}; "
-                f"{_WRITTEN_WRONGLY}"
+                f"{WRITTEN_WRONGLY}"
             )
     return Cache(objects, manifest, table, ids)
 
@@ -53,35 +53,41 @@ def open_cache(path: str | os.PathLike[str], ids: bool = True) -> "Cache":
 class Cache:
     """An opened cache: a sequence of documents, and the same documents by shard. Made by `open_cache`.
 
-    path: pathlib.Path, or the URL as str. manifest: Manifest. doc_ids: of every document, in order. rows_D,
-    text_bytes_D: (D,) int64 of every document. documents_per_shard: list of int. None of these reads a shard. The last
-    few decoded shards are kept (`DECODED_SHARDS_KEPT`). Threads may share it; a copy in another process (fork or
-    pickle) works too.
+    path: pathlib.Path, or the URL as str. manifest: Manifest. rows_D, text_bytes_D: (D,) int64, held_out_D: (D,) bool,
+    of every document, in order. documents_per_shard: (S,) int64. None of these reads a shard. The last few decoded
+    shards are kept (`DECODED_SHARDS_KEPT`). Threads may share it; a copy in another process (fork or pickle) works.
     """
 
     def __init__(self, objects: Objects, manifest: Manifest, table: ShardTable, ids: bool) -> None:
         self.path, self.manifest = objects.root, manifest
-        self.doc_ids: list[str] = list(table.doc_ids)
-        self.rows_D, self.text_bytes_D = table.rows, table.text_bytes
-        self.documents_per_shard: list[int] = list(table.documents_per_shard)
+        self.rows_D, self.text_bytes_D, self.held_out_D = table.rows, table.text_bytes, table.held_out
+        self.documents_per_shard = table.documents_per_shard
         self.with_ids = ids and manifest.k_ids > 0
         self.table = table
+        self.reader = ShardReader(objects=objects, manifest=manifest, table=table, with_ids=self.with_ids)
         self._objects = objects
-        # lru_cache takes no lock that a fork could leave taken; two threads at most read a shard twice.
-        self._columns = lru_cache(DECODED_SHARDS_KEPT)(
-            partial(read_columns, objects, manifest, table, ids=self.with_ids)
-        )
+        # No lock that a fork could leave taken: two threads at most read a shard twice.
+        self._held: OrderedDict[int, Columns] = OrderedDict()
+        self._record = lru_cache(RECORDS_KEPT)(self.reader.record)
 
     def __len__(self) -> int:
-        return len(self.doc_ids)
+        return len(self.rows_D)
 
     def __getitem__(self, number: int) -> CachedDocument:
-        """One document. Raises IndexError, and what reading its shard raises."""
-        number = operator.index(number)
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"document {number} of a cache of {len(self)}")
-        number %= len(self)
-        shard = int(np.searchsorted(self.table.first_document, number, side="right")) - 1
+        """One document, read alone unless its shard is already decoded. Raises IndexError, CorruptCacheError's kinds.
+
+        Reading many documents of one shard is faster by `streamed` or `shard`.
+        """
+        number = self._checked(number)
+        shard = self._shard_of(number)
+        if shard in self._held:
+            return self.streamed(number)
+        return self.reader.document(shard, self._record(shard), number).document(0)
+
+    def streamed(self, number: int) -> CachedDocument:
+        """One document, by way of its whole shard, which is kept. Raises IndexError, CorruptCacheError's kinds."""
+        number = self._checked(number)
+        shard = self._shard_of(number)
         return self.columns(shard).document(number - int(self.table.first_document[shard]))
 
     def __iter__(self) -> Iterator[CachedDocument]:
@@ -100,10 +106,22 @@ class Cache:
         return [columns.document(number) for number in range(len(columns.documents))]
 
     def columns(self, shard: int) -> Columns:
-        """One shard as it is stored, verified; do not write into it. Raises the kinds of CorruptCacheError."""
+        """One shard, verified and decoded; do not write into it. Raises the kinds of CorruptCacheError."""
         if not 0 <= shard < len(self.documents_per_shard):
             raise IndexError(f"shard {shard} of a cache of {len(self.documents_per_shard)}")
-        return self._columns(shard)
+        columns = self._held.get(shard)
+        if columns is None:
+            columns = self._held[shard] = self.reader.columns(shard)
+        with suppress(KeyError):  # another thread may have let go of it
+            self._held.move_to_end(shard)
+            while len(self._held) > DECODED_SHARDS_KEPT:
+                self._held.popitem(last=False)
+        return columns
+
+    @cached_property
+    def doc_ids(self) -> list[str]:
+        """The ids of all documents, in order; read when they are first asked for. Raises CorruptCacheError's kinds."""
+        return shard_table.doc_ids_from_object(self._objects.fetch(self.manifest.documents), len(self))
 
     @cached_property
     def vocabulary(self) -> "Vocabulary | None":
@@ -114,38 +132,13 @@ class Cache:
         try:
             return vocabulary_table.vocabulary_from_bytes(data, self.manifest.vocab_size)
         except ValueError as error:
-            raise MalformedObjectError(f"{self.manifest.vocabulary.name}: {error}; {_WRITTEN_WRONGLY}") from None
+            raise MalformedObjectError(f"{self.manifest.vocabulary.name}: {error}; {WRITTEN_WRONGLY}") from None
 
+    def _checked(self, number: int) -> int:
+        number = operator.index(number)
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"document {number} of a cache of {len(self)}")
+        return number % len(self)
 
-def read_columns(objects: Objects, manifest: Manifest, table: ShardTable, shard: int, *, ids: bool) -> Columns:
-    """A shard's columns: every object verified before it is decoded, every rule checked after.
-
-    Without `ids` the ids' objects are not opened. Raises the kinds of CorruptCacheError.
-    """
-    stem, store, shape, size = stem_of(shard), shard_store(manifest.store), manifest.row_shape, table.size_of(shard)
-    problem = size_problem(size, shape)
-    if problem:
-        raise MalformedObjectError(f"{shard_table.NAME}: shard {shard}: {problem}; {_WRITTEN_WRONGLY}")
-    wanted = [
-        stored
-        for stored in table.objects[shard]
-        if stored.name != record_name(shard) and (ids or not store.holds_ids(stored.name, stem))
-    ]
-    contents = objects.fetch_all(wanted)
-    try:
-        columns = store.decode(contents, stem, shape, size)
-        problem = problem_of(columns, shape)
-    except Exception as error:  # other projects' decoders raise anything on bytes that verify and are still wrong
-        problem = f"{type(error).__name__}: {error}"
-    else:
-        members = table.documents_of(shard)
-        if problem is None and (
-            columns.doc_ids != table.doc_ids[members]
-            or not np.array_equal(np.diff(columns.row_offsets), table.rows[members])
-            or not np.array_equal(columns.text_bytes, table.text_bytes[members])
-            or (ids and manifest.k_ids > 0) != (columns.token_ids is not None)
-        ):
-            problem = f"its documents are not those that {shard_table.NAME} lists"
-    if problem:
-        raise MalformedObjectError(f"{stem}: {problem}; {_WRITTEN_WRONGLY}")
-    return columns
+    def _shard_of(self, number: int) -> int:
+        return int(np.searchsorted(self.table.first_document, number, side="right")) - 1

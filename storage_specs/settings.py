@@ -1,11 +1,10 @@
 """What decides a cache's rows: two builders with the same settings and corpus write the same cache."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from storage_specs import half
 from storage_specs.columns import RowShape
 from storage_specs.document import canonical_json
 from storage_specs.errors import ConfigError
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from storage_specs.vocabulary import Vocabulary
 
 LARGEST_VOCABULARY = 2**32
+DEFAULT_PROFILE = "half"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,7 @@ class CacheSettings:
     teacher, tokenizer, chat_template (None where the corpus has no chats), engine, windows: JSON objects that say which
     they are (names, revisions, digests, versions); the format keeps them as they are. k: sorted values per row.
     k_ids: ranks whose ids are kept, 0 to k. vocab_size: the teacher's. store: "zarr" or "arrow".
+    profile, parameters: of the value codec (`codecs.codec_of`), its own defaults where none are given.
     vocabulary: the teacher's words, needed exactly where k_ids > 0, with vocab_size entries.
     """
 
@@ -37,6 +38,8 @@ class CacheSettings:
     k_ids: int
     vocab_size: int
     store: str = "zarr"
+    profile: str = DEFAULT_PROFILE
+    parameters: dict[str, Any] = field(default_factory=dict)
     windows: dict[str, Any]
     vocabulary: "Vocabulary | None" = None
 
@@ -49,6 +52,10 @@ class CacheSettings:
             raise ConfigError(f"k_ids is {self.k_ids}, but must be from 0 to k, which is {self.k}")
         if self.store not in STORES:
             raise ConfigError(f"store is {self.store!r}, but must be {' or '.join(STORES)}")
+        if (self.row_shape.rank_edges or (self.vocab_size,))[-1] != self.vocab_size:
+            raise ConfigError(
+                f"rank_edges end at {self.row_shape.rank_edges[-1]}, not at {self.vocab_size}, vocab_size"
+            )
         words = None if self.vocabulary is None else len(self.vocabulary.token_bytes)
         if words != (self.vocab_size if self.k_ids else None):
             raise ConfigError(
@@ -56,9 +63,15 @@ class CacheSettings:
                 f"but it has {words or 'none'}"
             )
 
-    @property
+    @cached_property
     def row_shape(self) -> RowShape:
-        return RowShape(k=self.k, k_ids=self.k_ids, vocab_size=self.vocab_size)
+        return RowShape(
+            k=self.k,
+            k_ids=self.k_ids,
+            vocab_size=self.vocab_size,
+            profile=self.profile,
+            parameters=self.parameters,
+        )
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -73,7 +86,8 @@ class CacheSettings:
             "k_ids": self.k_ids,
             "vocab_size": self.vocab_size,
             "store": self.store,
-            "profile": half.PROFILE,
+            "profile": self.profile,
+            "parameters": self.row_shape.codec.parameters,
             "windows": self.windows,
             "vocabulary_digest": None if self.vocabulary is None else vocabulary_digest(self.vocabulary),
         }

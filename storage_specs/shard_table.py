@@ -1,43 +1,67 @@
-"""The shard table, `shards.parquet`: all commit records gathered, so that every object is checked against one place."""
+"""All commit records gathered: `shards.parquet`, against which objects are checked, and `documents.parquet`, the ids.
 
-from collections.abc import Iterator, Sequence
+They are two so that planning an epoch never reads the ids, which are most of the bytes and do not compress.
+
+Legend: D documents of the cache, S shards.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from storage_specs.columns import ShardSize
+from storage_specs.document import is_held_out
 from storage_specs.errors import CorruptCacheError, MalformedObjectError
 from storage_specs.parquet import table_from_bytes, table_to_bytes
 from storage_specs.shard_record import ShardRecord
 from storage_specs.stored_object import REMEDY, StoredObject
+from storage_specs.stored_shard import Selection, ShardSize
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 NAME = "shards.parquet"
+DOCUMENTS_NAME = "documents.parquet"
 SHARDS_PER_ROW_GROUP = 1024
+
+
+class StoredObjects(Sequence[tuple[StoredObject, ...]]):
+    """For each shard all its objects, its commit record last; made when they are asked for, not kept."""
+
+    def __init__(self, column: "pa.ListArray") -> None:
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, shard: int) -> tuple[StoredObject, ...]:
+        """Raises MalformedObjectError."""
+        return tuple(StoredObject.from_json(item, NAME) for item in self._column[shard].as_py())
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTable:
-    """Every shard of a finished cache, in order.
+    """Every shard of a finished cache, in order; nothing of it grows with the rows.
 
-    objects: for each shard all its objects, its commit record last. documents_per_shard: int each. Of all documents in
-    order: doc_ids, rows and text_bytes (D,) int64.
+    objects: for each shard all its objects, its commit record last. documents_per_shard: (S,) int64. Of all documents
+    in order: rows and text_bytes (D,) int64, held_out (D,) bool.
     """
 
-    objects: tuple[tuple[StoredObject, ...], ...]
-    documents_per_shard: tuple[int, ...]
-    doc_ids: tuple[str, ...]
+    objects: StoredObjects
+    documents_per_shard: np.ndarray
     rows: np.ndarray
     text_bytes: np.ndarray
+    held_out: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.documents_per_shard)
 
     @cached_property
     def first_document(self) -> np.ndarray:
-        """(shards + 1,) int64: the number of each shard's first document, and of all documents."""
-        return np.cumsum([0, *self.documents_per_shard], dtype=np.int64)
+        """(S + 1,) int64: the number of each shard's first document, and of all documents."""
+        return np.concatenate([[0], np.cumsum(self.documents_per_shard)])
 
     def documents_of(self, shard: int) -> slice:
         """The shard's documents among all."""
@@ -46,10 +70,22 @@ class ShardTable:
     def size_of(self, shard: int) -> ShardSize:
         members = self.documents_of(shard)
         return ShardSize(
-            documents=self.documents_per_shard[shard],
+            documents=int(self.documents_per_shard[shard]),
             rows=int(self.rows[members].sum()),
             text_bytes=int(self.text_bytes[members].sum()),
         )
+
+    def selection(self, document: int) -> Selection:
+        """Where one document of the cache lies in its shard."""
+        shard = int(np.searchsorted(self.first_document, document, side="right")) - 1
+        first = int(self.first_document[shard])
+
+        def span(sizes_D: np.ndarray) -> slice:
+            start = int(sizes_D[first:document].sum())
+            return slice(start, start + int(sizes_D[document]))
+
+        number = document - first
+        return Selection(documents=slice(number, number + 1), rows=span(self.rows), text=span(self.text_bytes))
 
 
 def table_to_object(records: Sequence[ShardRecord]) -> bytes:
@@ -63,9 +99,9 @@ def table_to_object(records: Sequence[ShardRecord]) -> bytes:
         columns["documents"].append(len(record.doc_ids))
         columns["rows"].append(sum(record.document_rows))
         columns["text_bytes"].append(sum(record.document_text_bytes))
-        columns["doc_ids"].append(record.doc_ids)
         columns["document_rows"].append(record.document_rows)
         columns["document_text_bytes"].append(record.document_text_bytes)
+        columns["document_held_out"].append([is_held_out(doc_id) for doc_id in record.doc_ids])
         columns["objects"].append([item.to_json() for item in stored])
     return table_to_bytes(pa.table(columns, schema=_schema()), rows_per_group=SHARDS_PER_ROW_GROUP)
 
@@ -74,19 +110,20 @@ def table_from_object(data: bytes) -> ShardTable:
     """The shard table of a verified object. Raises MalformedObjectError."""
     try:
         table = table_from_bytes(data, _schema())
-        per_shard = table["documents"].to_pylist()
-        lists = {name: table[name].combine_chunks() for name in ("doc_ids", "document_rows", "document_text_bytes")}
+        per_shard = table["documents"].to_numpy().astype(np.int64)
+        lists = {name: table[name].combine_chunks() for name in _PER_DOCUMENT}
         for name, column in lists.items():
-            if column.value_lengths().to_pylist() != per_shard:
+            if column.null_count or not np.array_equal(column.value_lengths().to_numpy(), per_shard):
                 raise ValueError(f"{name} has other lengths than documents")
-        if table["shard"].to_pylist() != list(range(table.num_rows)):
+        if not np.array_equal(table["shard"].to_numpy(), np.arange(table.num_rows)):
             raise ValueError("its shards are not numbered 0, 1, 2, ...")
+        values = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in lists.items()}
         return ShardTable(
-            objects=tuple(_objects_of(table["objects"].combine_chunks())),
-            documents_per_shard=tuple(per_shard),
-            doc_ids=tuple(lists["doc_ids"].flatten().to_pylist()),
-            rows=lists["document_rows"].flatten().to_numpy(zero_copy_only=False).astype(np.int64),
-            text_bytes=lists["document_text_bytes"].flatten().to_numpy(zero_copy_only=False).astype(np.int64),
+            objects=StoredObjects(table["objects"].combine_chunks()),
+            documents_per_shard=per_shard,
+            rows=values["document_rows"].astype(np.int64),
+            text_bytes=values["document_text_bytes"].astype(np.int64),
+            held_out=values["document_held_out"].astype(bool),
         )
     except (ValueError, TypeError) as error:
         if isinstance(error, CorruptCacheError):
@@ -94,9 +131,28 @@ def table_from_object(data: bytes) -> ShardTable:
         raise MalformedObjectError(f"{NAME}: {error}; {REMEDY}") from None
 
 
-def _objects_of(column: "pa.ListArray") -> Iterator[tuple[StoredObject, ...]]:
-    for items in column:
-        yield tuple(StoredObject.from_json(item, NAME) for item in items.as_py())
+def doc_ids_to_object(records: Sequence[ShardRecord]) -> bytes:
+    """documents.parquet of all shards' records, in order."""
+    import pyarrow as pa
+
+    ids = [bytes.fromhex(doc_id) for record in records for doc_id in record.doc_ids]
+    return table_to_bytes(pa.table({"doc_id": pa.array(ids, pa.binary(32))}))
+
+
+def doc_ids_from_object(data: bytes, documents: int) -> list[str]:
+    """The ids of all documents, hex, of a verified object. Raises MalformedObjectError."""
+    import pyarrow as pa
+
+    try:
+        table = table_from_bytes(data, pa.schema([("doc_id", pa.binary(32))]), documents)
+        if table["doc_id"].null_count:
+            raise ValueError("it has nulls")
+        return [doc_id.hex() for doc_id in table["doc_id"].to_pylist()]
+    except (ValueError, TypeError) as error:
+        raise MalformedObjectError(f"{DOCUMENTS_NAME}: {error}; {REMEDY}") from None
+
+
+_PER_DOCUMENT = ("document_rows", "document_text_bytes", "document_held_out")
 
 
 def _schema() -> "pa.Schema":
@@ -109,9 +165,9 @@ def _schema() -> "pa.Schema":
             ("documents", pa.uint32()),
             ("rows", pa.uint64()),
             ("text_bytes", pa.uint64()),
-            ("doc_ids", pa.list_(pa.string())),
             ("document_rows", pa.list_(pa.uint32())),
             ("document_text_bytes", pa.list_(pa.uint32())),
+            ("document_held_out", pa.list_(pa.bool_())),
             ("objects", pa.list_(stored)),
         ]
     )

@@ -1,10 +1,10 @@
-"""The one interface of a shard's bytes: columns <-> {object name: bytes}, by the store's name."""
+"""The one interface of a shard's bytes: a stored shard <-> {object name: bytes}, by the store's name."""
 
 import importlib
-from collections.abc import Mapping
 from typing import Protocol
 
-from storage_specs.columns import Columns, RowShape, ShardSize
+from storage_specs.shard_bytes import EncodedObject, ShardBytes
+from storage_specs.stored_shard import Selection, ShardArrays, ShardSize, StoredShard
 
 STORES = {"zarr": "storage_specs.zarr_store", "arrow": "storage_specs.arrow_store"}
 
@@ -12,11 +12,19 @@ STORES = {"zarr": "storage_specs.zarr_store", "arrow": "storage_specs.arrow_stor
 class ShardStore(Protocol):
     """What a store's module has. Pure functions: reading, writing and checksums are the business of `objects`."""
 
-    def encode(self, columns: Columns, stem: str) -> dict[str, bytes]: ...
+    def encode(self, shard: StoredShard, wanted: ShardArrays, stem: str) -> dict[str, EncodedObject]:
+        """The objects of a shard; their names start with `stem`. The same shard gives the same bytes."""
 
-    def decode(self, contents: Mapping[str, bytes], stem: str, shape: RowShape, size: ShardSize) -> Columns: ...
+    def decode(
+        self, source: ShardBytes, stem: str, wanted: ShardArrays, size: ShardSize, selection: Selection
+    ) -> StoredShard:
+        """The selected documents of a shard of `size`, with the wanted arrays.
 
-    def holds_ids(self, name: str, stem: str) -> bool: ...
+        Types, shapes and sizes are compared with what is expected before anything is allocated. Raises ValueError.
+        """
+
+    def columns_of(self, name: str, stem: str) -> frozenset[str]:
+        """The columns that an object of a shard holds; none for what belongs to all of them."""
 
 
 def shard_store(name: str) -> ShardStore:

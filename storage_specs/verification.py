@@ -9,11 +9,11 @@ from storage_specs import manifest as manifest_json
 from storage_specs import plan, vocabulary_table
 from storage_specs.document import is_held_out
 from storage_specs.errors import CorruptCacheError
-from storage_specs.finalization import codec_of, counts_of
+from storage_specs.finalization import codec_facts, counts_of
 from storage_specs.objects import Objects, open_objects
-from storage_specs.reader import Cache, open_cache, read_columns
+from storage_specs.reader import Cache, open_cache
 from storage_specs.sealed_json import digest_of
-from storage_specs.shard_record import ShardRecord, read_record
+from storage_specs.shard_record import ShardRecord
 from storage_specs.stored_object import StoredObject
 from storage_specs.stores import stem_of
 
@@ -60,7 +60,7 @@ def verify_cache(
         manifest = manifest_json.read_manifest(objects)
         documents, rows = manifest.counts["documents"], manifest.counts["rows"]
         check.object(manifest.stored)
-        for stored in filter(None, (manifest.plan, manifest.shards, manifest.vocabulary)):
+        for stored in manifest.objects:
             check.object(stored)
         cache = open_cache(path)
         shards = len(cache.documents_per_shard)
@@ -108,16 +108,16 @@ class _Check:
 
     def shard(self, cache: Cache, shard: int) -> None:
         """Decode one shard, and hold it against its record and the documents' own identities."""
-        columns = read_columns(self.store, cache.manifest, cache.table, shard, ids=True)
-        record = read_record(self.store, shard)
+        columns, record = cache.reader.columns(shard), cache.reader.record(shard)
         members = cache.table.documents_of(shard)
-        documents = [columns.document(number) for number in range(len(columns.documents))]
-        unscored_bytes = sum(document.unscored_bytes for document in documents)
+        scored = sum(m.byte_end - m.byte_start for document in columns.documents for m in document.messages if m.scored)
+        unscored_bytes = scored - int((columns.byte_end - columns.byte_start).sum())
+        doc_ids = [document.doc_id for document in columns.documents]
         checks = {
-            "a document's content has another doc_id": [item.doc_id for item in documents] == list(columns.doc_ids),
+            "a document's content has another doc_id": doc_ids == list(record.doc_ids),
             "its record belongs to other settings": record.config_digest == cache.manifest.config_digest,
             "its record names other objects": record.objects == cache.table.objects[shard][:-1],
-            "its record lists other documents": record.doc_ids == columns.doc_ids
+            "its record lists other documents": list(record.doc_ids) == cache.doc_ids[members]
             and list(record.document_rows) == cache.rows_D[members].tolist()
             and list(record.document_text_bytes) == cache.text_bytes_D[members].tolist(),
             "its record counts other end rows or unscored bytes": record.end_rows == columns.is_end.sum()
@@ -132,12 +132,14 @@ class _Check:
         planned, config = plan.plan_from_bytes(self.store.fetch(manifest.plan))
         checks = {
             "its counts are not those of the shards": manifest.counts == counts_of(self.records),
-            "its L1 errors are not those of the shards": manifest.codec == codec_of(self.records),
+            "its L1 errors are not those of the shards": manifest.codec
+            == codec_facts(manifest.row_shape, self.records),
             "its documents are not those of the plan": list(planned.doc_ids) == cache.doc_ids
-            and [len(shard) for shard in planned.shards] == cache.documents_per_shard,
+            and [len(shard) for shard in planned.shards] == cache.documents_per_shard.tolist(),
             "its corpus is not the plan's": manifest.corpus["digest"] == planned.corpus_digest,
             "its settings are not the plan's": manifest.config_digest == digest_of(config),
-            "held-out documents are miscounted": manifest.held_out["documents"] == sum(map(is_held_out, cache.doc_ids)),
+            "held-out documents are miscounted": manifest.held_out["documents"] == cache.held_out_D.sum()
+            and list(map(is_held_out, cache.doc_ids)) == cache.held_out_D.tolist(),
         }
         self.problems += [f"{manifest_json.NAME}: {problem}" for problem, good in checks.items() if not good]
         if (

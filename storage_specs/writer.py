@@ -6,7 +6,7 @@ from contextlib import suppress
 from itertools import chain, islice
 
 from storage_specs import plan as plan_json
-from storage_specs import shard_table, vocabulary_table
+from storage_specs import row_coding, shard_table, vocabulary_table
 from storage_specs.column_building import columns_of
 from storage_specs.document import CachedDocument
 from storage_specs.errors import (
@@ -18,13 +18,13 @@ from storage_specs.errors import (
     StorageFullError,
 )
 from storage_specs.finalization import commit, finalize_cache, finished_manifest
+from storage_specs.l1_errors import L1Errors
 from storage_specs.local_objects import writing
 from storage_specs.manifest import Manifest
 from storage_specs.objects import open_objects
 from storage_specs.plan import Plan, differences, plan_from_bytes, plan_to_bytes
 from storage_specs.settings import CacheSettings
-from storage_specs.shard_record import ShardRecord, verified_record
-from storage_specs.stored_object import StoredObject
+from storage_specs.shard_record import ShardRecord, described, verified_record
 from storage_specs.stores import shard_store, stem_of
 
 __all__ = ["CacheSettings", "CacheWriter", "finalize_cache"]
@@ -88,28 +88,32 @@ class CacheWriter:
         if self.manifest is not None:
             raise ConfigError(f"{self.objects.place} is finished; a finished cache is never written to")
         try:
-            columns, l1_error_N = columns_of(documents, self.settings.row_shape)
-            if columns.doc_ids != self.plan.doc_ids_of(shard):
+            shape, doc_ids = self.settings.row_shape, tuple(document.doc_id for document in documents)
+            columns = columns_of(documents, shape)
+            if doc_ids != self.plan.doc_ids_of(shard):
                 raise ValueError("its documents are not those that the plan names")
-            contents = shard_store(self.settings.store).encode(columns, stem_of(shard))
+            stored_shard, l1_error_N = row_coding.encode(columns, shape)
+            wanted = row_coding.arrays_of(shape, len(l1_error_N))
+            contents = shard_store(self.settings.store).encode(stored_shard, wanted, stem_of(shard))
         except (ValueError, TypeError) as error:  # TypeError: metadata that are no JSON
             raise InvalidDocumentError(f"shard {shard}: {error}; nothing was written") from error
+        objects, parts = described(contents)
         record = ShardRecord(
             shard=shard,
             config_digest=self.config_digest,
-            doc_ids=columns.doc_ids,
-            document_rows=tuple(len(document.segment) for document in documents),
-            document_text_bytes=tuple(columns.text_bytes.tolist()),
+            doc_ids=doc_ids,
+            document_rows=tuple(stored_shard.document_rows.tolist()),
+            document_text_bytes=tuple(stored_shard.text_bytes.tolist()),
             end_rows=int(columns.is_end.sum()),
             unscored_bytes=sum(document.unscored_bytes for document in documents),
-            max_l1_error=float(l1_error_N.max(initial=0)),
-            sum_l1_error=float(l1_error_N.sum()),
-            objects=tuple(StoredObject.of(name, data) for name, data in contents.items()),
+            l1_errors=L1Errors.of(l1_error_N),
+            objects=objects,
+            parts=parts,
         )
         self._records.pop(shard, None)
         self.objects.delete(record.name)  # from here on the shard counts as missing, until its new record stands
         try:
-            self.objects.write_all(contents)
+            self.objects.write_all({name: item.data for name, item in contents.items()})
             self.objects.write_all({record.name: record.to_bytes()})
         except StorageFullError:
             for name in contents:

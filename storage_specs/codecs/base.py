@@ -49,6 +49,9 @@ class ArraySpec:
     width: int | None
     rank_major: bool
 
+    def shape(self, rows: int) -> tuple[int, ...]:
+        return (rows,) if self.width is None else (rows, self.width)
+
 
 class Codec(Protocol):
     """A profile with its parameters. Rows are independent: any slice of rows decodes alone, to the same bits."""

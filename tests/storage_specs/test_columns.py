@@ -1,155 +1,35 @@
-"""Values as float16, and the rules that every shard keeps.
-
-Legend: T rows, K top-k ranks.
-"""
+"""The rules that every shard keeps."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from small_caches import arrays_of, assert_stored, some_documents
 
-from storage_specs import half
+from storage_specs import row_coding
 from storage_specs.column_building import columns_of
 from storage_specs.column_rules import problem_of, size_problem
-from storage_specs.columns import RowShape, ShardSize
+from storage_specs.columns import RowShape
 from storage_specs.document import CachedDocument, Message, chat_document, text_document
+from storage_specs.stored_shard import ShardSize
 
-SHAPE = RowShape(k=8, k_ids=4, vocab_size=300)
-LARGE = 262_144
-
-
-def naive_half(row_K: list[float], tail: float) -> tuple[list[float], float, float]:
-    """(decoded values, decoded tail, L1 error) of one row: SPEC.md's words, one value at a time, in fp64."""
-    total = sum(float(value) for value in row_K)
-    scaled = [float(value) / max(total, 1.0) for value in row_K]
-    decoded = [float(np.float16(value)) for value in scaled]
-    if sum(decoded) > 1:
-        below = [np.nextafter(np.float16(value), np.float16(0)) for value in scaled]
-        decoded = [
-            near if near <= value else float(under) for near, value, under in zip(decoded, scaled, below, strict=True)
-        ]
-    rest = 1 - sum(decoded)
-    error = sum(abs(float(value) - found) for value, found in zip(row_K, decoded, strict=True)) + abs(rest - tail)
-    return decoded, rest, error
-
-
-def sorted_rows(rows: list[list[float]], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Distributions over the weights, their first k values sorted descending, and the tail."""
-    weights_TV = np.array(rows, dtype=np.float64)
-    probs_TV = weights_TV / weights_TV.sum(axis=1, keepdims=True)
-    probs_TK = -np.sort(-probs_TV, axis=1)[:, :k].astype(np.float32)
-    return probs_TK, np.clip(1 - probs_TK.sum(axis=1, dtype=np.float64), 0, 1).astype(np.float32)
-
-
-def assert_valid(probs_TK: np.ndarray, tail_T: np.ndarray, bound: float) -> None:
-    """Encode, decode, and hold the result against every promise of the format and the naive reference."""
-    encoded = half.encode(probs_TK, tail_T)
-    assert encoded.stored.dtype == np.float16
-    assert half.problem_of(encoded.stored) is None
-    decoded_TK, rest_T = half.decode(encoded.stored)
-    assert decoded_TK.dtype == rest_T.dtype == np.float32
-    assert (decoded_TK >= 0).all()
-    assert (decoded_TK[:, 1:] <= decoded_TK[:, :-1]).all()
-    assert (rest_T >= 0).all()
-    assert np.array_equal(decoded_TK.sum(axis=1, dtype=np.float64) + rest_T, np.ones(len(rest_T)))
-    found_T = np.abs(decoded_TK.astype(np.float64) - probs_TK).sum(axis=1) + np.abs(rest_T.astype(np.float64) - tail_T)
-    np.testing.assert_allclose(encoded.l1_error, found_T, rtol=0, atol=1e-12)
-    assert (encoded.l1_error <= bound).all()
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    rows=st.integers(1, 40).flatmap(
-        lambda size: st.lists(
-            st.lists(st.floats(1e-30, 1e6), min_size=size, max_size=size), min_size=1, max_size=4
-        )
-    ),
-    k=st.integers(1, 40),
-)  # fmt: skip
-def test_random_rows_keep_every_promise(rows: list[list[float]], k: int) -> None:
-    probs_TK, tail_T = sorted_rows(rows, min(k, len(rows[0])))
-    assert_valid(probs_TK, tail_T, bound=2e-3)
-    encoded = half.encode(probs_TK, tail_T)
-    for row, (probs_K, tail) in enumerate(zip(probs_TK, tail_T, strict=True)):
-        decoded, _, error = naive_half(probs_K.tolist(), float(tail))
-        assert encoded.stored[row].tolist() == decoded
-        assert encoded.l1_error[row] == pytest.approx(error, abs=1e-12)
-
-
-EXTREME = {
-    "one-hot": ([1.0, 0.0, 0.0], 0.0),
-    "K = 1, certain": ([1.0], 0.0),
-    "K = 1, unsure": ([0.3], 0.7),
-    "tiny values": ([1e-10] * 64, 1.0),
-    "one, and tiny ones": ([1.0] + [1e-10] * 63, 0.0),
-    "nearly one": ([0.99991, 0.00009], 0.0),
-    "rounds up past one": ([0.4999, 0.49985, 0.00025], 0.0),
-    "float32 sum above one": ([0.5, 0.5, 1e-6], 0.0),
-    "much above one": ([0.5005, 0.5], 0.0),
-    "all zero": ([0.0, 0.0], 1.0),
-    "equal values": ([0.125] * 8, 0.0),
-    "below the smallest float16": ([2.0**-26] * 8, 1 - 2.0**-23),
-}
-
-
-@pytest.mark.parametrize("name", EXTREME)
-def test_extreme_rows_keep_every_promise(name: str) -> None:
-    row, tail = EXTREME[name]
-    assert_valid(np.array([row], dtype=np.float32), np.array([tail], dtype=np.float32), bound=2e-3)
-
-
-def test_rows_as_long_as_the_vocabulary() -> None:
-    random = np.random.default_rng(0)
-    uniform_K = np.full(LARGE, 1 / LARGE)
-    peaked_K = np.sort(random.dirichlet(np.full(LARGE, 0.01)))[::-1]
-    zipf_K = 1 / np.arange(1, LARGE + 1)
-    rows = np.stack([uniform_K, peaked_K, zipf_K / zipf_K.sum()]).astype(np.float32)
-    # Every value below 2^-14 may be off by 2^-25, and the tail by their sum.
-    assert_valid(rows, np.zeros(3, dtype=np.float32), bound=2 * LARGE * 2**-25)
-    assert half.encode(rows[:1], np.zeros(1, dtype=np.float32)).l1_error[0] == 0  # 2^-18 is a float16
-
-
-def test_no_rows() -> None:
-    stored = half.encode(np.zeros((0, 8), np.float32), np.zeros(0, np.float32)).stored
-    assert stored.shape == (0, 8)
-    assert half.problem_of(stored) is None
-    probs_TK, tail_T = half.decode(stored)
-    assert (probs_TK.shape, tail_T.shape) == ((0, 8), (0,))
-
-
-@pytest.mark.parametrize(
-    ("row", "problem"),
-    [
-        ([0.5, -0.25], "negative"),
-        ([0.5, np.nan], "not a number"),
-        ([np.inf, 0.0], "above 1"),
-        ([1.001, 0.0], "above 1"),
-        ([0.25, 0.5], "not sorted"),
-        ([0.5625, 0.5], "more than 1"),
-    ],
-)
-def test_bad_stored_values_are_seen(row: list[float], problem: str) -> None:
-    stored = np.array([[0.5, 0.25], row], dtype=np.float16)
-    assert problem in half.problem_of(stored)
+SHAPE = RowShape(k=8, k_ids=4, vocab_size=300, profile="half")
 
 
 def test_documents_survive_their_columns() -> None:
     documents = some_documents(6)
-    columns, l1_error_N = columns_of(documents, SHAPE)
-    assert columns.size == ShardSize(
-        documents=6, rows=len(l1_error_N), text_bytes=sum(len(document.text.encode()) for document in documents)
-    )
-    assert columns.segment.dtype == columns.byte_start.dtype == columns.token_ids.dtype == np.uint32
+    columns = columns_of(documents, SHAPE)
+    stored, l1_error_N = row_coding.encode(columns, SHAPE)
+    text_bytes = sum(len(document.text.encode()) for document in documents)
+    assert stored.size == ShardSize(documents=6, rows=len(l1_error_N), text_bytes=text_bytes)
+    read = row_coding.decode(stored, SHAPE)
     for number, document in enumerate(documents):
-        assert_stored(document, columns.document(number))
+        assert_stored(document, read.document(number))
     assert np.diff(columns.row_offsets)[1] == 0
 
 
 def test_a_document_does_not_share_memory_with_its_columns() -> None:
-    columns, _ = columns_of(some_documents(2), SHAPE)
+    columns = columns_of(some_documents(2), SHAPE)
     for name, array in arrays_of(columns.document(0)).items():
         before = columns.document(0)
         array[...] = 0
@@ -179,7 +59,8 @@ BAD = {
     "one row less": (lambda d: replace(d, gold_logprob=d.gold_logprob[1:]), "gold_logprob must be float32"),
     "another k": (lambda d: replace(d, probs=d.probs[:, :7]), r"probs must be float32 \(\d+, 8\), found"),
     "no ids": (lambda d: replace(d, token_ids=None), "token_ids must be int64"),
-    "tail bins": (lambda d: replace(d, tail_bins=d.probs), "tail_bins"),
+    "one row of values less": (lambda d: replace(d, probs=d.probs[1:], tail_mass=d.tail_mass[1:]), "probs must have"),
+    "tail bins": (lambda d: replace(d, tail_bins=d.probs), "tail_bins are given"),
     "nan": (lambda d: changed("probs", (0, 7), np.nan), "not finite"),
     "infinite tail": (lambda d: changed("tail_mass", 0, np.inf), "not finite"),
     "negative value": (lambda d: changed("probs", (0, 7), -1e-6), "negative"),
@@ -245,7 +126,7 @@ def test_one_byte_belongs_to_two_messages() -> None:
         "token_ids": np.zeros((3, 4), np.int64),
     }
     good = replace(one, kind="chat", text=document.text, messages=document.messages, **rows)
-    columns, _ = columns_of([good], SHAPE)
+    columns = columns_of([good], SHAPE)
     assert_stored(good, columns.document(0))
     back = {"segment": np.array([0, 1, 0]), "byte_end": np.array([2, 2, 2]), "is_end": np.array([False, False, True])}
     with pytest.raises(ValueError, match="row 2: it lies before"):
@@ -254,8 +135,8 @@ def test_one_byte_belongs_to_two_messages() -> None:
 
 def test_rows_of_another_document_may_start_again() -> None:
     documents = some_documents(6)
-    columns, _ = columns_of([documents[0], *documents[:3]], SHAPE)
-    assert problem_of(columns, SHAPE) is None
+    columns = columns_of([documents[0], *documents[:3]], SHAPE)
+    assert problem_of(columns, SHAPE.vocab_size) is None
 
 
 def test_size_limits() -> None:
@@ -268,5 +149,5 @@ def test_size_limits() -> None:
 
 def test_text_document_without_text() -> None:
     nothing = replace(some_documents(2)[1], text="", messages=text_document("").messages)
-    columns, _ = columns_of([nothing], SHAPE)
+    columns = columns_of([nothing], SHAPE)
     assert_stored(nothing, columns.document(0))

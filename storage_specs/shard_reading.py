@@ -1,0 +1,113 @@
+"""Reading one shard: its bytes verified before they are decoded, its documents and rows held against every rule after.
+
+A shard is read whole (every object, against size and crc32c), or one document of it (the parts that hold it, each
+against its crc32c in the shard's commit record).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from storage_specs import row_coding, shard_table
+from storage_specs.column_rules import problem_of, size_problem
+from storage_specs.columns import Columns
+from storage_specs.errors import MalformedObjectError, TeachOnceError
+from storage_specs.manifest import Manifest
+from storage_specs.objects import Objects
+from storage_specs.shard_bytes import ObjectParts, ShardBytes, WholeObjects
+from storage_specs.shard_record import ShardRecord, read_record, record_name
+from storage_specs.shard_table import ShardTable
+from storage_specs.stored_object import StoredObject
+from storage_specs.stored_shard import Selection, ShardArrays, StoredShard
+from storage_specs.stores import shard_store, stem_of
+
+WRITTEN_WRONGLY = "the cache was written wrongly: rebuild it, and please report this"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardReader:
+    """Reads shards of one cache, with or without their ids. All methods raise the kinds of CorruptCacheError."""
+
+    objects: Objects
+    manifest: Manifest
+    table: ShardTable
+    with_ids: bool
+
+    def columns(self, shard: int) -> Columns:
+        """All documents of a shard; every object was verified whole."""
+        return self._columns(shard, self.stored(shard), Selection.everything(self.table.size_of(shard)))
+
+    def stored(self, shard: int) -> ShardBytes:
+        """A shard's objects, verified whole."""
+        return WholeObjects(self.objects.fetch_all(self._wanted(shard)))
+
+    def stored_shard(self, shard: int, source: ShardBytes, selection: Selection) -> StoredShard:
+        """Documents of a shard as they are stored, their arrays not looked into."""
+        size, stem = self.table.size_of(shard), stem_of(shard)
+        problem = size_problem(size, self.manifest.row_shape)
+        if problem:
+            raise MalformedObjectError(f"{shard_table.NAME}: shard {shard}: {problem}; {WRITTEN_WRONGLY}")
+        wanted = self.arrays_of(shard)
+        with _decoding(stem):
+            found = shard_store(self.manifest.store).decode(source, stem, wanted, size, selection)
+            members = self.table.documents_of(shard)
+            inside = slice(members.start + selection.documents.start, members.start + selection.documents.stop)
+            if not (
+                np.array_equal(found.document_rows, self.table.rows[inside])
+                and np.array_equal(found.text_bytes, self.table.text_bytes[inside])
+            ):
+                raise ValueError(f"its documents are not those that {shard_table.NAME} lists")
+            return found
+
+    def arrays_of(self, shard: int) -> ShardArrays:
+        rows = self.table.size_of(shard).rows
+        return row_coding.arrays_of(self.manifest.row_shape, rows, with_ids=self.with_ids)
+
+    def document(self, shard: int, record: ShardRecord, document: int) -> Columns:
+        """One document of a shard, by its number in the cache: only the parts that hold it are read."""
+        source = ObjectParts(self.objects, self._wanted(shard), record.parts)
+        return self._columns(shard, source, self.table.selection(document))
+
+    def record(self, shard: int) -> ShardRecord:
+        """The shard's commit record, verified."""
+        (stored,) = [item for item in self.table.objects[shard] if item.name == record_name(shard)] or [None]
+        if stored is None:
+            raise MalformedObjectError(f"{shard_table.NAME}: shard {shard} has no commit record; {WRITTEN_WRONGLY}")
+        return read_record(self.objects, shard, stored)
+
+    def _columns(self, shard: int, source: ShardBytes, selection: Selection) -> Columns:
+        stored = self.stored_shard(shard, source, selection)
+        with _decoding(stem_of(shard)):
+            columns = row_coding.decode(stored, self.manifest.row_shape)
+            problem = problem_of(columns, self.manifest.vocab_size)
+            if problem:
+                raise ValueError(problem)
+            return columns
+
+    def _wanted(self, shard: int) -> list[StoredObject]:
+        """The shard's objects without its record, and where ids are not wanted without those that hold only ids."""
+        store, stem = shard_store(self.manifest.store), stem_of(shard)
+        unwanted = frozenset() if self.with_ids else self._id_columns
+        return [
+            stored
+            for stored in self.table.objects[shard]
+            if stored.name != record_name(shard) and not store.columns_of(stored.name, stem) & unwanted
+        ]
+
+    @cached_property
+    def _id_columns(self) -> frozenset[str]:
+        return row_coding.id_columns(self.manifest.row_shape)
+
+
+@contextmanager
+def _decoding(place: str) -> Iterator[None]:
+    """Other projects' decoders raise anything on bytes that verify and are still wrong: MalformedObjectError."""
+    try:
+        yield
+    except TeachOnceError:
+        raise
+    except Exception as error:
+        raise MalformedObjectError(f"{place}: {type(error).__name__}: {error}; {WRITTEN_WRONGLY}") from error
