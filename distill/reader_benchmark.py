@@ -57,7 +57,9 @@ class ReaderFigures:
     decoded_shards_kept: int
 
 
-def bench_reader(place: str | os.PathLike[str], *, ids: bool = True, repeats: int = 5, documents: int = 50) -> ReaderFigures:
+def bench_reader(
+    place: str | os.PathLike[str], *, ids: bool = True, repeats: int = 5, documents: int = 50
+) -> ReaderFigures:
     """Measure a cache. Raises ConfigError (no rows), and what reading raises."""
     cache = open_cache(place, ids=ids)
     shards, rows = _first_shards(cache)

@@ -5,13 +5,13 @@ dictionary, a run length or a delta of width 0 may stand for any number of value
 parquet.thrift; thrift-compact-protocol.md for its bytes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
-MAX_HEADER_BYTES = 1 << 16  # of one page; ours have no statistics and take some 30
+MAX_PAGE_HEADER_BYTES = 1 << 16  # of one page; ours have no statistics and take some 30
 MAX_DEPTH = 8  # of structs in a page header; the format needs 3
 # PLAIN, DELTA_LENGTH_BYTE_ARRAY. Dictionaries and DELTA_BYTE_ARRAY repeat a string at will: nothing bounds their size.
 BOUNDED_STRINGS = (0, 6)
@@ -21,28 +21,31 @@ _DATA_PAGE, _INDEX_PAGE, _DICTIONARY_PAGE, _DATA_PAGE_V2 = range(4)
 _HEADER_OF = {_DATA_PAGE: (5, 2), _DICTIONARY_PAGE: (7, 2), _DATA_PAGE_V2: (8, 4)}
 
 
-def decoded_size(metadata: "pq.FileMetaData", read: Callable[[int, int], bytes]) -> tuple[int, int]:
-    """(bytes, values): what the pages of all column chunks decompress to, and the values of the longest column.
+def decoded_sizes(
+    metadata: "pq.FileMetaData", groups: Iterable[int], read: Callable[[int, int], bytes | memoryview]
+) -> dict[str, tuple[int, int]]:
+    """{column: (bytes, values)} that the pages of these row groups hold, decompressed; columns by their first name.
 
     `read(start, size)` gives the file's bytes. Raises ValueError where pages do not tile their column chunks, hold
     other numbers of values than the footer says, or are coded in a way that does not bound what they decode to.
     """
-    total, values = 0, [0] * metadata.num_columns
-    for group in range(metadata.num_row_groups):
+    sizes: dict[str, tuple[int, int]] = {}
+    for group in groups:
+        columns = metadata.row_group(group)
         for column in range(metadata.num_columns):
-            chunk = metadata.row_group(group).column(column)
-            if not chunk.num_values:  # no page of it is ever read
-                continue
-            size, count = _pages(chunk, read)
+            chunk = columns.column(column)
+            size, count = _pages(chunk, read) if chunk.num_values else (0, 0)  # no page of an empty one is ever read
             if count != chunk.num_values:
                 raise ValueError(
                     f"pages of column {chunk.path_in_schema} hold {count} values, the footer says {chunk.num_values}"
                 )
-            total, values[column] = total + size, values[column] + count
-    return total, max(values, default=0)
+            name = chunk.path_in_schema.partition(".")[0]
+            before = sizes.get(name, (0, 0))
+            sizes[name] = (before[0] + size, before[1] + count)
+    return sizes
 
 
-def _pages(chunk: "pq.ColumnChunkMetaData", read: Callable[[int, int], bytes]) -> tuple[int, int]:
+def _pages(chunk: "pq.ColumnChunkMetaData", read: Callable[[int, int], bytes | memoryview]) -> tuple[int, int]:
     """(uncompressed bytes, values) of a column chunk's pages."""
     start = chunk.data_page_offset
     if chunk.dictionary_page_offset:
@@ -52,7 +55,7 @@ def _pages(chunk: "pq.ColumnChunkMetaData", read: Callable[[int, int], bytes]) -
         raise ValueError(f"column {chunk.path_in_schema} lies at byte {start}, {chunk.total_compressed_size} long")
     while start < end:
         try:
-            header, used = _struct(read(start, min(MAX_HEADER_BYTES, end - start)), 0, 0)
+            header, used = _struct(read(start, min(MAX_PAGE_HEADER_BYTES, end - start)), 0, 0)
         except IndexError:
             raise ValueError(f"column {chunk.path_in_schema}: a page header at byte {start} is cut off") from None
         field, encoding = _HEADER_OF.get(header.get(1), (0, 0))
@@ -71,7 +74,7 @@ def _pages(chunk: "pq.ColumnChunkMetaData", read: Callable[[int, int], bytes]) -
     return total, values
 
 
-def _struct(data: bytes, position: int, depth: int) -> tuple[dict[int, Any], int]:
+def _struct(data: bytes | memoryview, position: int, depth: int) -> tuple[dict[int, Any], int]:
     """({field: value}, position after it) of a Thrift struct in compact protocol. IndexError where it is cut off."""
     if depth > MAX_DEPTH:
         raise ValueError("a page header is nested too deep")
@@ -91,7 +94,7 @@ def _struct(data: bytes, position: int, depth: int) -> tuple[dict[int, Any], int
     return fields, position + 1
 
 
-def _value(data: bytes, position: int, kind: int, depth: int) -> tuple[Any, int]:
+def _value(data: bytes | memoryview, position: int, kind: int, depth: int) -> tuple[Any, int]:
     """(value, position after it); lists, sets and maps have no place in a page header."""
     if kind in (_I16, _I32, _I64):
         return _zigzag(data, position)
@@ -108,12 +111,12 @@ def _value(data: bytes, position: int, kind: int, depth: int) -> tuple[Any, int]
     return bytes(data[position : position + size]), position + size
 
 
-def _zigzag(data: bytes, position: int) -> tuple[int, int]:
+def _zigzag(data: bytes | memoryview, position: int) -> tuple[int, int]:
     number, position = _varint(data, position)
     return (number >> 1) ^ -(number & 1), position
 
 
-def _varint(data: bytes, position: int) -> tuple[int, int]:
+def _varint(data: bytes | memoryview, position: int) -> tuple[int, int]:
     number = shift = 0
     while True:
         byte = data[position]

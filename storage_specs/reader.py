@@ -34,7 +34,7 @@ def open_cache(path: str | os.PathLike[str], ids: bool = True) -> "Cache":
     """
     objects = open_objects(path)
     manifest = read_manifest(objects)
-    table = shard_table.table_from_object(objects.fetch(manifest.shards))
+    table = shard_table.table_from_object(objects.fetch(manifest.shards), manifest.counts["documents"])
     counts = {
         "documents": len(table.rows),
         "rows": int(table.rows.sum()),

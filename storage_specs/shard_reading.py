@@ -76,7 +76,12 @@ class ShardReader:
         (stored,) = [item for item in self.table.objects[shard] if item.name == record_name(shard)] or [None]
         if stored is None:
             raise MalformedObjectError(f"{shard_table.NAME}: shard {shard} has no commit record; {WRITTEN_WRONGLY}")
-        return read_record(self.objects, shard, stored)
+        record = read_record(self.objects, shard, stored)
+        if record.objects != self.table.objects[shard][:-1]:
+            raise MalformedObjectError(
+                f"{record.name}: it names other objects than {shard_table.NAME}; {WRITTEN_WRONGLY}"
+            )
+        return record
 
     def _columns(self, shard: int, source: ShardBytes, selection: Selection) -> Columns:
         stored = self.stored_shard(shard, source, selection)
@@ -90,10 +95,17 @@ class ShardReader:
     def _wanted(self, shard: int) -> list[StoredObject]:
         """The shard's objects without its record, and where ids are not wanted without those that hold only ids."""
         store, stem = shard_store(self.manifest.store), stem_of(shard)
+        all_stored = self.table.objects[shard]
+        if len({stored.name for stored in all_stored}) < len(all_stored) or not all(
+            stored.name.startswith(f"{stem}.") for stored in all_stored
+        ):
+            raise MalformedObjectError(
+                f"{shard_table.NAME}: shard {shard} has an object twice, or one of another shard; {WRITTEN_WRONGLY}"
+            )
         unwanted = frozenset() if self.with_ids else self._id_columns
         return [
             stored
-            for stored in self.table.objects[shard]
+            for stored in all_stored
             if stored.name != record_name(shard) and not store.columns_of(stored.name, stem) & unwanted
         ]
 

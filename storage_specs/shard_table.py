@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 NAME = "shards.parquet"
 DOCUMENTS_NAME = "documents.parquet"
 SHARDS_PER_ROW_GROUP = 1024
+MAX_OBJECTS = 128  # of one shard
+MAX_DESCRIPTION_BYTES = 128  # of an object's name, size and crc32c
 
 
 class StoredObjects(Sequence[tuple[StoredObject, ...]]):
@@ -106,10 +108,13 @@ def table_to_object(records: Sequence[ShardRecord]) -> bytes:
     return table_to_bytes(pa.table(columns, schema=_schema()), rows_per_group=SHARDS_PER_ROW_GROUP)
 
 
-def table_from_object(data: bytes) -> ShardTable:
-    """The shard table of a verified object. Raises MalformedObjectError."""
+def table_from_object(data: bytes, documents: int) -> ShardTable:
+    """The shard table of a verified object, of a cache of so many documents. Raises MalformedObjectError."""
+    room = {name: (8 * documents, documents) for name in _schema().names}
+    room |= {name: (4 * documents, 2 * documents) for name in _PER_DOCUMENT}
+    room["objects"] = (MAX_OBJECTS * MAX_DESCRIPTION_BYTES * documents, MAX_OBJECTS * documents)
     try:
-        table = table_from_bytes(data, _schema())
+        table = table_from_bytes(data, _schema(), room)
         per_shard = table["documents"].to_numpy().astype(np.int64)
         lists = {name: table[name].combine_chunks() for name in _PER_DOCUMENT}
         for name, column in lists.items():
@@ -144,7 +149,8 @@ def doc_ids_from_object(data: bytes, documents: int) -> list[str]:
     import pyarrow as pa
 
     try:
-        table = table_from_bytes(data, pa.schema([("doc_id", pa.binary(32))]), documents)
+        room = {"doc_id": (32 * documents, documents)}
+        table = table_from_bytes(data, pa.schema([("doc_id", pa.binary(32))]), room, documents)
         if table["doc_id"].null_count:
             raise ValueError("it has nulls")
         return [doc_id.hex() for doc_id in table["doc_id"].to_pylist()]

@@ -62,7 +62,7 @@ class CacheWriter:
         """
         finished = self.manifest
         if finished is not None:
-            table = shard_table.table_from_object(self.objects.fetch(finished.shards))
+            table = shard_table.table_from_object(self.objects.fetch(finished.shards), finished.counts["documents"])
             for stored in chain.from_iterable(table.objects):
                 self.objects.check_size(stored)
             return []

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from storage_specs.parquet_pages import decoded_size
+from storage_specs.parquet_pages import decoded_sizes
 
 ROWS = 5000
 
@@ -35,8 +35,10 @@ def written(table: pa.Table, **options: object) -> bytes:
 
 
 def measured(data: bytes) -> tuple[int, int]:
+    """(bytes of all columns, values of the longest)."""
     metadata = pq.ParquetFile(pa.BufferReader(data)).metadata
-    return decoded_size(metadata, lambda start, size: data[start : start + size])
+    sizes = decoded_sizes(metadata, range(metadata.num_row_groups), lambda start, size: data[start : start + size])
+    return sum(size for size, _ in sizes.values()), max((values for _, values in sizes.values()), default=0)
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
@@ -106,6 +108,6 @@ def test_pages_that_end_too_early_or_too_late() -> None:
     metadata = pq.ParquetFile(pa.BufferReader(data)).metadata
     for shift in (-1, 1, 7):
         with pytest.raises(ValueError, match=r"page header|pages of column|nested"):
-            decoded_size(metadata, lambda start, size, shift=shift: data[start + shift : start + shift + size])
+            decoded_sizes(metadata, [0], lambda start, size, shift=shift: data[start + shift : start + shift + size])
     with pytest.raises(ValueError, match="cut off"):
-        decoded_size(metadata, lambda start, size: data[start : start + 3])
+        decoded_sizes(metadata, [0], lambda start, size: data[start : start + 3])

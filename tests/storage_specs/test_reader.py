@@ -239,7 +239,7 @@ def test_damaged_objects_raise_before_they_are_decoded(
 ) -> None:
     path, _ = fresh
     damage, error = DAMAGE[name]
-    table = table_from_object((path / "shards.parquet").read_bytes())
+    table = table_from_object((path / "shards.parquet").read_bytes(), 7)
     decodes = monkeypatch.setattr(f"storage_specs.{open_cache(path).manifest.store}_store.decode", None)
     assert decodes is None
     for stored in table.objects[0][:-1]:
@@ -264,7 +264,7 @@ def test_damaged_objects_raise_before_they_are_decoded(
 
 def test_swapped_shards_are_noticed(fresh: tuple[Path, list[CachedDocument]]) -> None:
     path, _ = fresh
-    table = table_from_object((path / "shards.parquet").read_bytes())
+    table = table_from_object((path / "shards.parquet").read_bytes(), 7)
     for first, second in zip(table.objects[0], table.objects[1], strict=True):
         if (path / first.name).read_bytes() == (path / second.name).read_bytes():
             continue
