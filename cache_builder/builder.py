@@ -15,10 +15,12 @@ from cache_builder.engines.base import Engine, EngineConfig, check_window
 from cache_builder.progress import Progress, Work
 from cache_builder.rows import Cutter, cached_document
 from cache_builder.teacher import Teacher, find_teacher
+from storage_specs.codecs import PROFILES
 from storage_specs.document import KINDS, TOOL_ROLES, CachedDocument, Document
 from storage_specs.errors import ConfigError
 from storage_specs.manifest import Manifest
 from storage_specs.plan import make_plan
+from storage_specs.settings import DEFAULT_PROFILE
 from storage_specs.token_alphabet import backend_of
 from storage_specs.vocabulary import Vocabulary, special_roles, token_bytes
 from storage_specs.writer import CacheSettings, CacheWriter
@@ -51,6 +53,7 @@ class BuildConfig:
     max_model_len: int | None = None
     window_overlap: int | None = None
     store: str = "zarr"
+    profile: str = DEFAULT_PROFILE
     documents_per_shard: int = 256
     kind: str = "auto"
     split: str = "train"
@@ -71,6 +74,8 @@ class BuildConfig:
             raise ConfigError(f"k_ids is {self.k_ids}, but must be from 0 to k, which is {self.k}")
         if self.store not in STORES:
             raise ConfigError(f"store is {self.store!r}, but must be {' or '.join(STORES)}")
+        if self.profile not in PROFILES:
+            raise ConfigError(f"profile is {self.profile!r}, but must be {' or '.join(PROFILES)}")
         if not all(self.score_roles) or not self.score_roles or set(self.score_roles) & set(TOOL_ROLES):
             raise ConfigError(
                 f"score_roles is {','.join(self.score_roles)!r}, but must name roles, and never a tool's: what a tool "
@@ -213,6 +218,7 @@ def _settings(
         k_ids=config.ids_kept,
         vocab_size=teacher.vocab_size,
         store=config.store,
+        profile=config.profile,
         windows={"max_model_len": engine.config.max_model_len, "overlap": cutter.overlap},
         vocabulary=vocabulary,
     )

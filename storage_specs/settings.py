@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from storage_specs.vocabulary import Vocabulary
 
 LARGEST_VOCABULARY = 2**32
-DEFAULT_PROFILE = "half"
+DEFAULT_PROFILE = "compact"
 
 
 @dataclass(frozen=True, kw_only=True)

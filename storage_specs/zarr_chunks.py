@@ -43,7 +43,7 @@ def encode(path: str, values: np.ndarray, spec: ArraySpec, longest: int) -> dict
         fill_value=0,
         dimension_names=_dimensions(spec),
         config={"write_empty_chunks": True},
-        **_codecs(spec, values.itemsize),
+        **_codecs(spec, inner),
     )
     if values.size:
         array[...] = values
@@ -95,15 +95,16 @@ def _part_sizes(data: bytes, chunks: int) -> list[int]:
     return [*index_C2[np.argsort(index_C2[:, 0]), 1].tolist(), 16 * chunks + 4]
 
 
-def _codecs(spec: ArraySpec, itemsize: int) -> dict[str, Any]:
+def _codecs(spec: ArraySpec, inner: int) -> dict[str, Any]:
     from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
 
-    text = spec.dtype == np.uint8 and spec.width is None
+    itemsize = spec.dtype.itemsize
     blosc = BloscCodec(
         cname="zstd",
-        clevel=9 if text else 5,
-        shuffle="noshuffle" if text else "bitshuffle",
+        clevel=9,
+        shuffle=spec.shuffle,
         typesize=itemsize,
+        blocksize=spec.block_columns * inner * itemsize if spec.rank_major else 0,
     )
     return {
         "filters": [TransposeCodec(order=(1, 0))] if spec.rank_major else [],

@@ -27,7 +27,7 @@ BYTES_PER_CHUNK = 1 << 18  # of documents and text
 
 
 def _flat(name: str, dtype: type) -> ArraySpec:
-    return ArraySpec(name=name, dtype=np.dtype(dtype), width=None, rank_major=False)
+    return ArraySpec(name=name, dtype=np.dtype(dtype), width=None, rank_major=False, shuffle="noshuffle")
 
 
 DOCUMENTS, TEXT = _flat("documents", np.uint8), _flat("text", np.uint8)

@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 
 from storage_specs.codecs.base import ArraySpec, Codec, RowValues, encode_measured, l1_error
+from storage_specs.codecs.compact import CompactCodec
 from storage_specs.codecs.exact import ExactCodec
 from storage_specs.codecs.half import HalfCodec
 from storage_specs.errors import ConfigError
 
 __all__ = ["PROFILES", "ArraySpec", "Codec", "RowValues", "codec_of", "encode_measured", "l1_error"]
 
-_CODECS = {codec.profile: codec for codec in (ExactCodec, HalfCodec)}
+_CODECS = {codec.profile: codec for codec in (ExactCodec, HalfCodec, CompactCodec)}
 PROFILES = tuple(_CODECS)
 
 

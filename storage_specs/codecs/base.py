@@ -8,7 +8,7 @@ Legend: N rows, K head values, J tail bins, B rows of one block.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -40,14 +40,17 @@ class RowValues:
 class ArraySpec:
     """One array that a codec keeps. width: numbers per row, shape (N, width); None is one number, shape (N,).
 
-    rank_major: a store does well to lay all rows' first numbers side by side, then all second ones: neighbours along
-    the rows look alike. Decoding copies nothing if such an array comes back in column-major (Fortran) order.
+    The rest says how its bytes pack best. rank_major: all rows' first numbers side by side, then all second ones, for
+    neighbours along the rows look alike; such an array decodes fastest in column-major (Fortran) order. shuffle: by
+    blosc's names. block_columns: how many columns of a chunk one compressed block holds.
     """
 
     name: str
     dtype: np.dtype
     width: int | None
     rank_major: bool
+    shuffle: Literal["noshuffle", "shuffle", "bitshuffle"] = "shuffle"
+    block_columns: int = 32
 
     def shape(self, rows: int) -> tuple[int, ...]:
         return (rows,) if self.width is None else (rows, self.width)
@@ -107,9 +110,9 @@ def encode_measured(codec: Codec, values: RowValues) -> tuple[dict[str, np.ndarr
     return arrays, error_N
 
 
-def row_blocks(rows: int, width: int) -> Iterator[slice]:
-    """Slices that cover the rows, each of about VALUES_AT_ONCE values."""
-    step = max(1, VALUES_AT_ONCE // max(1, width))
+def row_blocks(rows: int, width: int, values_at_once: int = VALUES_AT_ONCE) -> Iterator[slice]:
+    """Slices that cover the rows, each of about as many values."""
+    step = max(1, values_at_once // max(1, width))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from small_caches import STORES, arrays_of, assert_stored, some_documents, some_settings, some_vocabulary, write_cache
 
-from storage_specs import open_cache, reader
-from storage_specs.document import CachedDocument, canonical_json
+from storage_specs import arrow_store, open_cache, reader, zarr_store
+from storage_specs.document import CachedDocument, canonical_json, is_held_out
 from storage_specs.errors import (
     ChecksumMismatchError,
     CorruptCacheError,
@@ -30,6 +30,7 @@ from storage_specs.local_objects import LocalObjects
 from storage_specs.plan import make_plan
 from storage_specs.reader import Cache
 from storage_specs.sealed_json import seal
+from storage_specs.shard_reading import ShardReader
 from storage_specs.shard_table import table_from_object
 from storage_specs.stored_object import StoredObject
 from storage_specs.writer import CacheWriter
@@ -62,6 +63,7 @@ def test_documents_come_back(written: tuple[Path, list[CachedDocument]]) -> None
     for number, document in enumerate(documents):
         assert_stored(document, cache[number])
         assert_stored(document, cache[number - 8])
+        assert_stored(document, cache.streamed(number))
     for document, read in zip(documents, cache, strict=True):
         assert_stored(document, read)
     for document, read in zip(documents[3:6], cache.shard(1), strict=True):
@@ -102,11 +104,13 @@ def test_what_is_known_without_reading_a_shard(
     written: tuple[Path, list[CachedDocument]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, documents = written
-    monkeypatch.setattr(reader, "read_columns", pytest.fail)
+    monkeypatch.setattr(ShardReader, "record", pytest.fail)
+    monkeypatch.setattr(ShardReader, "stored_shard", pytest.fail)
     cache = open_cache(path)
     assert cache.path == path
     assert cache.doc_ids == [document.doc_id for document in documents]
-    assert cache.documents_per_shard == [3, 3, 2]
+    assert cache.documents_per_shard.tolist() == [3, 3, 2]
+    assert cache.held_out_D.tolist() == [is_held_out(document.doc_id) for document in documents]
     assert cache.rows_D.tolist() == [len(document.segment) for document in documents]
     assert cache.text_bytes_D.tolist() == [len(document.text.encode()) for document in documents]
     assert cache.manifest.k == 8
@@ -117,14 +121,15 @@ def test_what_is_known_without_reading_a_shard(
 
 def test_ids_are_not_opened_unless_wanted(fresh: tuple[Path, list[CachedDocument]]) -> None:
     path, documents = fresh
-    ids = [file for file in path.rglob("*") if file.is_file() and ("token_ids" in str(file) or ".ids." in file.name)]
-    assert len(ids) >= 3
+    ids = [file for file in path.rglob("*") if file.is_file() and "id_" in str(file.relative_to(path))]
+    assert len(ids) >= 6
     for file in ids:
         file.unlink()
     (path / "vocabulary.parquet").unlink()
     cache = open_cache(path, ids=False)
-    for document, read in zip(documents, cache, strict=True):
+    for number, (document, read) in enumerate(zip(documents, cache, strict=True)):
         assert_stored(document, read, ids=False)
+        assert_stored(document, open_cache(path, ids=False)[number], ids=False)
     with pytest.raises(MissingObjectError):
         open_cache(path)[0]
 
@@ -153,7 +158,7 @@ def test_the_last_shards_stay_decoded(
     def shards_read(*numbers: int) -> list[str]:
         fetched.clear()
         for number in numbers:
-            cache[number]
+            cache.streamed(number)
         return sorted({name.split("/")[1].split(".")[0] for name in fetched})
 
     assert shards_read(0, 1, 2, 0) == ["000000"]
@@ -249,7 +254,7 @@ def test_damaged_objects_raise_before_they_are_decoded(
         if bad is not None:
             (path / stored.name).write_bytes(bad)
         with pytest.raises(error, match=rf"^{stored.name}: expected .*found .*build"):
-            open_cache(path)[0]
+            open_cache(path).streamed(0)
         (path / stored.name).write_bytes(good)
     for top in ("shards.parquet", "vocabulary.parquet"):
         good = (path / top).read_bytes()
@@ -262,6 +267,60 @@ def test_damaged_objects_raise_before_they_are_decoded(
         (path / top).write_bytes(good)
 
 
+def test_random_access_reads_little_and_returns_nothing_damaged(fresh: tuple[Path, list[CachedDocument]]) -> None:
+    """Each byte of the first shard flipped, object by object: one document read alone is right, or an error."""
+    path, documents = fresh
+    table = table_from_object((path / "shards.parquet").read_bytes())
+    seen = {True: 0, False: 0}
+    for stored in table.objects[0]:
+        good = (path / stored.name).read_bytes()
+        for place in range(0, len(good), max(1, len(good) // 40)):
+            (path / stored.name).write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+            try:
+                assert_stored(documents[0], open_cache(path)[0])
+                seen[True] += 1
+            except (ChecksumMismatchError, MalformedObjectError):
+                seen[False] += 1
+        (path / stored.name).write_bytes(good)
+    assert seen[False] > 10 * seen[True]  # a shard this small is one part of each object, nearly
+    for error, damage in ((MissingObjectError, None), (SizeMismatchError, b"")):
+        for stored in table.objects[0][1:]:
+            good = (path / stored.name).read_bytes()
+            (path / stored.name).unlink()
+            if damage is not None:
+                (path / stored.name).write_bytes(damage)
+            if "documents/zarr.json" in stored.name or stored.name.endswith(".json"):
+                with pytest.raises(error, match=stored.name):
+                    open_cache(path)[0]
+            (path / stored.name).write_bytes(good)
+
+
+def test_one_document_is_read_without_its_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a shard of many chunks only those that hold the document are asked for."""
+    monkeypatch.setattr(zarr_store, "ROWS_PER_CHUNK", 16)
+    monkeypatch.setattr(arrow_store, "ROWS_PER_GROUP", 16)
+    documents = some_documents(30, words=20)
+    for store in STORES:
+        path = tmp_path / store
+        write_cache(path, documents, some_settings(store), documents_per_shard=30)
+        cache, asked = open_cache(path), []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LocalObjects, "read_range", counting(LocalObjects.read_range, asked))
+            patch.setattr(ShardReader, "columns", pytest.fail)
+            assert_stored(documents[17], cache[17])
+        assert 0 < sum(asked) < 0.5 * sum(stored.size for stored in cache.table.objects[0])
+
+
+def counting(read_range: Callable[..., bytes], asked: list[int]) -> Callable[..., bytes]:
+    """`read_range`, which also notes how many bytes it is asked for."""
+
+    def counted(self: LocalObjects, name: str, offset: int, size: int) -> bytes:
+        asked.append(size)
+        return read_range(self, name, offset, size)
+
+    return counted
+
+
 def test_swapped_shards_are_noticed(fresh: tuple[Path, list[CachedDocument]]) -> None:
     path, _ = fresh
     table = table_from_object((path / "shards.parquet").read_bytes(), 7)
@@ -272,6 +331,8 @@ def test_swapped_shards_are_noticed(fresh: tuple[Path, list[CachedDocument]]) ->
         (path / first.name).rename(temporary)
         (path / second.name).rename(path / first.name)
         temporary.rename(path / second.name)
+    with pytest.raises((SizeMismatchError, ChecksumMismatchError), match="shards/000000"):
+        open_cache(path).streamed(0)
     with pytest.raises((SizeMismatchError, ChecksumMismatchError), match="shards/000000"):
         open_cache(path)[0]
 
@@ -359,7 +420,7 @@ def test_a_shard_of_another_cache_that_verifies_is_malformed(tmp_path: Path) -> 
     cache = open_cache(tmp_path / "one")
     cache.table.__dict__["objects"] = ((StoredObject.of(name, data),),)
     with pytest.raises(MalformedObjectError, match=r"shards/000000: .*expected"):
-        cache[0]
+        cache.streamed(0)
 
 
 def test_importing_the_reader_is_cheap() -> None:

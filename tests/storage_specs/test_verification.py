@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 from small_caches import STORES, files_of, some_documents, some_settings, write_cache
 
-from storage_specs import open_cache, verify_cache
+from storage_specs import CacheSettings, open_cache, row_coding, verify_cache
 from storage_specs.column_building import columns_of
 from storage_specs.columns import RowShape
+from storage_specs.document import CachedDocument
 from storage_specs.errors import IncompleteCacheError, NotACacheError, SpecVersionError, TeachOnceError
 from storage_specs.finalization import commit
 from storage_specs.local_objects import LocalObjects
 from storage_specs.plan import make_plan
 from storage_specs.sealed_json import seal
-from storage_specs.shard_record import read_record
-from storage_specs.stored_object import StoredObject
+from storage_specs.shard_record import described, read_record
+from storage_specs.stored_shard import StoredShard
 from storage_specs.stores import shard_store, stem_of
 
 FLIPS_PER_STORE = 300
@@ -130,7 +131,7 @@ def test_what_is_no_finished_cache(tmp_path: Path) -> None:
         verify_cache(tmp_path)
 
 
-SHAPE = RowShape(k=8, k_ids=4, vocab_size=40)
+SHAPE = RowShape(k=8, k_ids=4, vocab_size=40, profile="half")
 
 
 def lying_cache(path: Path, store: str, change: dict) -> None:
@@ -176,22 +177,28 @@ def test_manifests_that_lie_are_detected(cache: Path, field: str, change: dict, 
     assert any(problem in line for line in verify_cache(cache).problems)
 
 
+def forge(path: Path, settings: CacheSettings, documents: list[CachedDocument], shard: StoredShard) -> None:
+    """Put another shard in the place of the first, and make every checksum fit."""
+    wanted = row_coding.arrays_of(SHAPE, shard.size.rows)
+    contents = shard_store(settings.store).encode(shard, wanted, stem_of(0))
+    objects = LocalObjects(path)
+    objects.write_all({name: item.data for name, item in contents.items()})
+    stored, parts = described(contents)
+    record = replace(read_record(objects, 0), objects=stored, parts=parts)
+    objects.write_all({record.name: record.to_bytes()})
+    objects.delete("manifest.json")
+    commit(objects, settings.config, make_plan(documents, 3), [record])
+
+
 @pytest.mark.parametrize("store", STORES)
 def test_content_under_another_id_is_detected(tmp_path: Path, store: str) -> None:
     """A shard rewritten with another text of the same length, and every checksum made to fit."""
     documents, settings = some_documents(3, vocab_size=40), some_settings(store, vocab_size=40)
-    columns, _ = columns_of(documents, SHAPE)
+    shard, _ = row_coding.encode(columns_of(documents, SHAPE), SHAPE)
     other = documents[2].text.replace("e", "E")
     assert other != documents[2].text
-    forged = replace(columns, documents=(*documents[:2], replace(documents[2], text=other)))
-    contents = shard_store(store).encode(forged, stem_of(0))
     write_cache(tmp_path, documents, settings)
-    objects = LocalObjects(tmp_path)
-    objects.write_all(contents)
-    record = replace(read_record(objects, 0), objects=tuple(StoredObject.of(*item) for item in contents.items()))
-    objects.write_all({record.name: record.to_bytes()})
-    objects.delete("manifest.json")
-    commit(objects, settings.config, make_plan(documents, 3), [record])
+    forge(tmp_path, settings, documents, replace(shard, documents=(*documents[:2], replace(documents[2], text=other))))
     assert open_cache(tmp_path)[2].text == other  # readers trust checksums; verify looks at the content
     assert any("another doc_id" in line for line in verify_cache(tmp_path).problems)
 
@@ -199,15 +206,11 @@ def test_content_under_another_id_is_detected(tmp_path: Path, store: str) -> Non
 @pytest.mark.parametrize("store", STORES)
 def test_shards_that_break_the_rules_are_detected(tmp_path: Path, store: str) -> None:
     documents, settings = some_documents(3, words=4, vocab_size=40), some_settings(store, vocab_size=40)
-    columns, _ = columns_of(documents, SHAPE)
-    contents = shard_store(store).encode(replace(columns, probs=np.flip(columns.probs, 1).copy()), stem_of(0))
+    shard, _ = row_coding.encode(columns_of(documents, SHAPE), SHAPE)
     write_cache(tmp_path, documents, settings)
-    objects = LocalObjects(tmp_path)
-    objects.write_all(contents)
-    record = replace(read_record(objects, 0), objects=tuple(StoredObject.of(*item) for item in contents.items()))
-    objects.write_all({record.name: record.to_bytes()})
-    objects.delete("manifest.json")
-    commit(objects, settings.config, make_plan(documents, 3), [record])
-    with pytest.raises(TeachOnceError, match="shards/000000: probabilities of a row are not sorted"):
-        open_cache(tmp_path)[0]
+    flipped = shard.arrays | {"probs": np.flip(shard.arrays["probs"], 1).copy()}
+    forge(tmp_path, settings, documents, replace(shard, arrays=flipped))
+    for read in (lambda cache: cache[0], lambda cache: cache.streamed(0)):
+        with pytest.raises(TeachOnceError, match="shards/000000: ValueError: probabilities of a row are not sorted"):
+            read(open_cache(tmp_path))
     assert any("not sorted" in line for line in verify_cache(tmp_path).problems)

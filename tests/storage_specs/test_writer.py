@@ -27,16 +27,19 @@ from storage_specs.writer import finalize_cache
 HERE = Path(__file__).parent
 
 
+SUFFIXES = (".json", ".parquet", ".id_codes.parquet", ".id_words.parquet")
+
+
 @pytest.mark.parametrize("store", STORES)
 def test_layout_and_manifest(tmp_path: Path, store: str) -> None:
     documents, settings = some_documents(7), some_settings(store)
     manifest = write_cache(tmp_path / "cache", documents, settings)
     names = set(files_of(tmp_path / "cache"))
     shards = {f"shards/{shard:06d}" for shard in range(3)}
-    top = {"plan.json", "vocabulary.parquet", "shards.parquet", "manifest.json"}
+    top = {"plan.json", "vocabulary.parquet", "shards.parquet", "documents.parquet", "manifest.json"}
     assert top | {f"{shard}.json" for shard in shards} <= names
     if store == "arrow":
-        assert names == top | {shard + suffix for shard in shards for suffix in (".json", ".parquet", ".ids.parquet")}
+        assert names == top | {shard + suffix for shard in shards for suffix in SUFFIXES}
     else:
         assert all(f"{shard}.zarr/probs/c/0/0" in names for shard in shards)
     assert manifest.counts == {
