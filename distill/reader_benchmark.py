@@ -39,7 +39,8 @@ class Spread:
 class ReaderFigures:
     """rows_per_second: verified and decoded to float32, all columns. gigabytes_per_second: sizes and crc32c of all
     objects. cold_ms, warm_ms: one document of a cache opened anew, without and with its files in the page cache; cold
-    is None where the cache is no local folder, or the system has no posix_fadvise. peak_mib: of the process, over all this. stored_bytes: of the shards read.
+    is None where the cache is no local folder, or the system has no posix_fadvise. peak_mib: of the process, over all
+    this. stored_bytes: of the shards read.
     """
 
     cache: str
@@ -69,7 +70,7 @@ def bench_reader(
     stored_bytes = sum(item.size for item in stored)
     numbers = random.Random(0).choices([number for number in range(len(cache)) if cache.rows_D[number]], k=documents)
     decode = _rates(lambda: _decode(open_cache(place, ids=ids), shards), rows, repeats)
-    check = _rates(lambda: cache.objects.fetch_all(stored), stored_bytes / 1e9, repeats)
+    check = _rates(lambda: cache.reader.objects.fetch_all(stored), stored_bytes / 1e9, repeats)
     warm = [_access(place, ids, number) for number in numbers]
     cold = None
     if not is_url(place) and hasattr(os, "posix_fadvise"):
@@ -107,7 +108,7 @@ def as_text(figures: ReaderFigures) -> str:
             f"  checksums              {spread(figures.gigabytes_per_second, 'GB/s per core')}",
             f"  one document, cold     {spread(figures.cold_ms, 'ms')}",
             f"  one document, warm     {spread(figures.warm_ms, 'ms')}",
-            f"  peak memory            {figures.peak_mib:.0f} MiB, with {figures.decoded_shards_kept} decoded shards kept",
+            f"  peak memory            {figures.peak_mib:.0f} MiB; {figures.decoded_shards_kept} decoded shards are kept",
         ]
     )
 

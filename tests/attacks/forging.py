@@ -34,32 +34,32 @@ def edit_json(cache: Path, name: str, change: Callable[[dict[str, Any]], None]) 
     (cache / name).write_bytes(json.dumps(value).encode() if field is None else seal(value, field))
 
 
-def described(cache: Path, name: str, parts: list[list[int]] | None = None) -> dict[str, Any]:
-    """What a record says of an object; parts keep their sizes while these add up, else the object is one part."""
+def described(cache: Path, name: str) -> dict[str, Any]:
+    """What is said of an object as it is now."""
     data = (cache / name).read_bytes()
-    description = {"name": name, "size": len(data), "crc32c": crc32c(data)}
-    if parts is not None:
-        sizes = [size for size, _ in parts]
-        if sum(sizes) != len(data):
-            sizes = [len(data)] if data else []
-        ends = np.cumsum(sizes)
-        description["parts"] = [
-            [int(size), crc32c(data[end - size : end])] for size, end in zip(sizes, ends, strict=True)
-        ]
-    return description
+    return {"name": name, "size": len(data), "crc32c": crc32c(data)}
+
+
+def parts_of(cache: Path, name: str, parts: list[list[int]]) -> list[list[int]]:
+    """The parts with the checksums of the object as it is now; one part where their sizes no longer add up."""
+    data = (cache / name).read_bytes()
+    sizes = [size for size, _ in parts]
+    if sum(sizes) != len(data):
+        sizes = [len(data)]
+    ends = np.cumsum(sizes)
+    return [[size, crc32c(data[end - size : end])] for size, end in zip(sizes, ends.tolist(), strict=True)]
 
 
 def seal_again(cache: Path, change_table: Callable[[list[dict[str, Any]]], None] | None = None) -> None:
     """Describe all objects as they are now: in records, then in the shard table, then in the manifest."""
-    records = sorted((cache / "shards").glob("*.json"))
-    for record in records:
 
-        def describe(value: dict[str, Any]) -> None:
-            value["objects"] = [
-                described(cache, item["name"], item.get("parts")) if (cache / item["name"]).exists() else item
-                for item in value["objects"]
-            ]
+    def describe(value: dict[str, Any]) -> None:
+        there = [item for item in value["objects"] if (cache / item["name"]).exists()]
+        value["objects"] = [described(cache, item["name"]) if item in there else item for item in value["objects"]]
+        names = {item["name"] for item in there}
+        value["parts"] = {name: parts_of(cache, name, parts) for name, parts in value["parts"].items() if name in names}
 
+    for record in sorted((cache / "shards").glob("*.json")):
         edit_json(cache, f"shards/{record.name}", describe)
     edit_table(cache, change_table or (lambda shards: None))
 
@@ -71,10 +71,14 @@ def edit_table(cache: Path, change: Callable[[list[dict[str, Any]]], None]) -> N
     for number, shard in enumerate(shards):
         name = f"shards/{number:06d}.json"
         objects = json.loads((cache / name).read_bytes())["objects"]
-        known = [{key: item[key] for key in ("name", "size", "crc32c")} for item in objects]
-        shard["objects"] = [*known, described(cache, name)]
+        shard["objects"] = [*objects, described(cache, name)]
     change(shards)
-    pq.write_table(pa.Table.from_pylist(shards, schema=table.schema), cache / "shards.parquet", compression="zstd")
+    pq.write_table(
+        pa.Table.from_pylist(shards, schema=table.schema),
+        cache / "shards.parquet",
+        compression="zstd",
+        use_dictionary=False,
+    )
     seal_manifest(cache)
 
 
@@ -82,7 +86,7 @@ def seal_manifest(cache: Path, change: Callable[[dict[str, Any]], None] | None =
     """Describe plan, shard table and vocabulary as they are now, and change the manifest."""
 
     def describe(value: dict[str, Any]) -> None:
-        for key in ("plan", "shards", "vocabulary"):
+        for key in ("plan", "shards", "documents", "vocabulary"):
             if value[key] is not None:
                 value[key] = described(cache, value[key]["name"])
         if change is not None:

@@ -22,9 +22,12 @@ TIME_LIMIT = 60.0  # seconds of the wall clock for one cache: a reader that hang
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """error: the class raised by reading the cache, or None where it was read. mib: additional peak memory."""
+    """errors: {way of reading: class of what it raised}, for those of WAYS that raised. message: of the first.
 
-    error: str | None
+    milliseconds: all ways together. mib: additional peak memory.
+    """
+
+    errors: dict[str, str]
     typed: bool
     message: str
     milliseconds: float
@@ -44,20 +47,34 @@ def measure(caches: Sequence[Path], warm_up: Sequence[Path]) -> list[Refusal]:
     return [Refusal(**json.loads(line)) for line in done.stdout.splitlines()]
 
 
-def read_everything(path: str) -> None:
-    """What any consumer of a cache does: all documents in order, some at random, the vocabulary; then `verify`."""
-    from storage_specs import open_cache, verify_cache
-    from storage_specs.errors import CorruptCacheError
+def _one_by_one(path: str) -> None:
+    """Random access: some documents, each of a cache opened anew."""
+    from storage_specs import open_cache
+
+    for number in range(0, len(open_cache(path)), 2):
+        cache = open_cache(path)
+        _ = cache[number], cache.vocabulary
+
+
+def _streamed(path: str) -> None:
+    """All documents in order, and the vocabulary."""
+    from storage_specs import open_cache
 
     cache = open_cache(path)
-    for number in range(0, len(cache), max(1, len(cache) // 3)):
-        _ = open_cache(path)[number]
-    for _ in cache:
-        pass
-    _ = cache.vocabulary
+    _ = list(cache), cache.vocabulary, cache.doc_ids
+
+
+def _verified(path: str) -> None:
+    """`cache-builder verify`, whose report must name a problem."""
+    from storage_specs import verify_cache
+    from storage_specs.errors import CorruptCacheError
+
     report = verify_cache(path)
     if not report.ok:
         raise CorruptCacheError(report.problems[0])
+
+
+WAYS = {"one by one": _one_by_one, "streamed": _streamed, "verified": _verified}
 
 
 def _resident(field: str) -> int:
@@ -74,20 +91,21 @@ def _reset_peak() -> None:
 def _refusal(path: str, resident: int) -> Refusal:
     from storage_specs.errors import TeachOnceError
 
-    error: Exception | None = None
+    errors: dict[str, Exception] = {}
     taken = []
     _reset_peak()
     for _ in range(REPEATS):
         started = time.process_time()
-        try:
-            read_everything(path)
-        except Exception as raised:  # what is not typed is a finding, not a crash of the measurement
-            error = raised
+        for way, read in WAYS.items():
+            try:
+                read(path)
+            except Exception as error:  # what is not typed is a finding, not a crash of the measurement
+                errors[way] = error
         taken.append(time.process_time() - started)
     return Refusal(
-        error=None if error is None else type(error).__name__,
-        typed=isinstance(error, TeachOnceError),
-        message=str(error)[:400],
+        errors={way: type(error).__name__ for way, error in errors.items()},
+        typed=all(isinstance(error, TeachOnceError) for error in errors.values()),
+        message=next((str(error) for error in errors.values()), "")[:400],
         milliseconds=1000 * statistics.median(taken),
         mib=max(0, _resident("VmHWM") - resident) / 1024,
     )
@@ -95,7 +113,8 @@ def _refusal(path: str, resident: int) -> Refusal:
 
 def _main(warm_up: list[str], caches: list[str]) -> None:
     for path in warm_up * 2:
-        read_everything(path)
+        for read in WAYS.values():
+            read(path)
     resident = _resident("VmRSS")
     for path in caches:
         print(json.dumps(asdict(_refusal(path, resident))), flush=True)

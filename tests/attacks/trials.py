@@ -1,5 +1,6 @@
 """Makes the caches of the attack gallery and has them read in one child process."""
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,3 +30,14 @@ def refusals(attacks: Sequence[Attack], folder: Path) -> dict[Attack, Refusal]:
         attack.make(cache)
         caches.append(cache)
     return dict(zip(attacks, measure(caches, list(good.values())), strict=True))
+
+
+def problem_of(attack: Attack, refusal: Refusal) -> str | None:
+    """Why an attack was not refused as it must be, if so."""
+    if set(refusal.errors) != set(attack.ways):
+        return f"raised by {sorted(refusal.errors)}, expected {sorted(attack.ways)}: {refusal.message}"
+    if not refusal.typed or not re.search(attack.refusal, refusal.message):
+        return f"{refusal.errors}: expected {attack.refusal!r}, found: {refusal.message}"
+    if refusal.milliseconds > LIMIT_MILLISECONDS or refusal.mib > LIMIT_MIB:
+        return f"took {refusal.milliseconds:.0f} ms and {refusal.mib:.0f} MiB: {refusal.message}"
+    return None

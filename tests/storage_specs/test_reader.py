@@ -270,7 +270,7 @@ def test_damaged_objects_raise_before_they_are_decoded(
 def test_random_access_reads_little_and_returns_nothing_damaged(fresh: tuple[Path, list[CachedDocument]]) -> None:
     """Each byte of the first shard flipped, object by object: one document read alone is right, or an error."""
     path, documents = fresh
-    table = table_from_object((path / "shards.parquet").read_bytes())
+    table = table_from_object((path / "shards.parquet").read_bytes(), len(documents))
     seen = {True: 0, False: 0}
     for stored in table.objects[0]:
         good = (path / stored.name).read_bytes()
