@@ -66,7 +66,7 @@ def bench_reader(
     shards, rows = _first_shards(cache)
     if not rows:
         raise ConfigError(f"{place}: the cache has no rows to read")
-    stored = [item for shard in shards for item in cache.table.objects[shard]]
+    stored = [item for shard in shards for item in cache.reader.objects_of(shard)]
     stored_bytes = sum(item.size for item in stored)
     numbers = random.Random(0).choices([number for number in range(len(cache)) if cache.rows_D[number]], k=documents)
     decode = _rates(lambda: _decode(open_cache(place, ids=ids), shards), rows, repeats)

@@ -3,7 +3,7 @@
     kind, text, messages (JSON), metadata (JSON): string
     the arrays of the rows: list<number>; of an array (T, width) all T * width numbers of a document, row after row, or
     rank after rank where it is rank-major
-    id_codes in a file of its own, `shards/000000.id_codes.parquet`, and so each table, one row per entry
+    the ids in a file of their own, `shards/000000.ids.parquet`, and so each table, one row per entry
 
 zstd pages with checksums, row groups of whole documents.
 
@@ -28,11 +28,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SUFFIX = ".parquet"
-ALONE = frozenset({"id_codes"})  # arrays in files of their own
+IDS = ".ids"
+IN_IDS = frozenset({"id_low", "id_high"})
 STRINGS = ("kind", "text", "messages", "metadata")
 ROWS_PER_GROUP = 8192
 MOST_GROUPS = 100  # of a file: its footer must be small
-CODING = {"u": "DELTA_BINARY_PACKED", "f": "BYTE_STREAM_SPLIT", "b": "PLAIN"}  # by numpy's kind of number
+CODING = {"u": "BYTE_STREAM_SPLIT", "f": "BYTE_STREAM_SPLIT", "b": "PLAIN"}  # by numpy's kind of number
 
 
 def encode(shard: StoredShard, wanted: ShardArrays, stem: str) -> dict[str, EncodedObject]:
@@ -73,6 +74,8 @@ def decode(source: ShardBytes, stem: str, wanted: ShardArrays, size: ShardSize, 
         strings |= {string: table[string].to_pylist() for string in (() if name else STRINGS)}
         for spec in specs:
             lengths[spec.name], arrays[spec.name] = _flat(table[spec.name], spec)
+    if any(text is None for texts in strings.values() for text in texts):
+        raise ValueError("a string is null")
     document_rows = lengths[wanted.arrays[0].name]
     if any(not np.array_equal(found, document_rows) for found in lengths.values()):
         raise ValueError("the arrays of a document have different numbers of rows")
@@ -93,15 +96,15 @@ def decode(source: ShardBytes, stem: str, wanted: ShardArrays, size: ShardSize, 
 
 def columns_of(name: str, stem: str) -> frozenset[str]:
     """The columns that an object of a shard holds; none for the file that every reader opens."""
-    inside = name.removeprefix(stem).removesuffix(SUFFIX).removeprefix(".")
-    return frozenset({inside} if inside else ())
+    inside = name.removeprefix(stem).removesuffix(SUFFIX)
+    return IN_IDS if inside == IDS else frozenset({inside[1:]} if inside else ())
 
 
 def _files(wanted: ShardArrays) -> dict[str, list[ArraySpec]]:
     """The arrays of each file, by what its name has between stem and suffix."""
     files: dict[str, list[ArraySpec]] = {"": []}
     for spec in wanted.arrays:
-        files.setdefault(f".{spec.name}" if spec.name in ALONE else "", []).append(spec)
+        files.setdefault(IDS if spec.name in IN_IDS else "", []).append(spec)
     return files
 
 

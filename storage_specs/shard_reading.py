@@ -21,8 +21,9 @@ from storage_specs.shard_bytes import ObjectParts, ShardBytes, WholeObjects
 from storage_specs.shard_record import ShardRecord, read_record, record_name
 from storage_specs.shard_table import ShardTable
 from storage_specs.stored_object import StoredObject
-from storage_specs.stored_shard import Selection, ShardArrays, StoredShard
+from storage_specs.stored_shard import MAX_HEADER_BYTES, Selection, ShardArrays, StoredShard
 from storage_specs.stores import shard_store, stem_of
+from storage_specs.zarr_chunks import MAX_METADATA_BYTES
 
 WRITTEN_WRONGLY = "the cache was written wrongly: rebuild it, and please report this"
 
@@ -73,15 +74,31 @@ class ShardReader:
 
     def record(self, shard: int) -> ShardRecord:
         """The shard's commit record, verified."""
-        (stored,) = [item for item in self.table.objects[shard] if item.name == record_name(shard)] or [None]
-        if stored is None:
-            raise MalformedObjectError(f"{shard_table.NAME}: shard {shard} has no commit record; {WRITTEN_WRONGLY}")
+        *others, stored = self.objects_of(shard)
         record = read_record(self.objects, shard, stored)
-        if record.objects != self.table.objects[shard][:-1]:
+        if list(record.objects) != others:
             raise MalformedObjectError(
                 f"{record.name}: it names other objects than {shard_table.NAME}; {WRITTEN_WRONGLY}"
             )
         return record
+
+    def objects_of(self, shard: int) -> tuple[StoredObject, ...]:
+        """All objects of a shard, its record last, as the table describes them: each once, none larger than it can be."""
+        stored, stem = self.table.objects[shard], stem_of(shard)
+        size = self.table.size_of(shard)
+        wanted = row_coding.arrays_of(self.manifest.row_shape, size.rows)
+        numbers = sum(spec.dtype.itemsize * (spec.width or 1) for spec in wanted.arrays) * size.rows
+        most = 2 * (numbers + size.text_bytes + 4 * sum(wanted.tables.values())) + MAX_HEADER_BYTES
+        names = [item.name for item in stored]
+        if len(set(names)) < len(names) or names[-1:] != [record_name(shard)]:
+            problem = "has an object twice, or no commit record"
+        elif not all(name.startswith(f"{stem}.") for name in names):
+            problem = "has an object of another shard"
+        elif any(item.size > (MAX_METADATA_BYTES if item.name.endswith("/zarr.json") else most) for item in stored):
+            problem = f"has an object above the limit for {size}"
+        else:
+            return stored
+        raise MalformedObjectError(f"{shard_table.NAME}: shard {shard} {problem}; {WRITTEN_WRONGLY}")
 
     def _columns(self, shard: int, source: ShardBytes, selection: Selection) -> Columns:
         stored = self.stored_shard(shard, source, selection)
@@ -95,17 +112,10 @@ class ShardReader:
     def _wanted(self, shard: int) -> list[StoredObject]:
         """The shard's objects without its record, and where ids are not wanted without those that hold only ids."""
         store, stem = shard_store(self.manifest.store), stem_of(shard)
-        all_stored = self.table.objects[shard]
-        if len({stored.name for stored in all_stored}) < len(all_stored) or not all(
-            stored.name.startswith(f"{stem}.") for stored in all_stored
-        ):
-            raise MalformedObjectError(
-                f"{shard_table.NAME}: shard {shard} has an object twice, or one of another shard; {WRITTEN_WRONGLY}"
-            )
         unwanted = frozenset() if self.with_ids else self._id_columns
         return [
             stored
-            for stored in all_stored
+            for stored in self.objects_of(shard)
             if stored.name != record_name(shard) and not store.columns_of(stored.name, stem) & unwanted
         ]
 

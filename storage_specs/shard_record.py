@@ -10,6 +10,8 @@ from storage_specs.shard_bytes import EncodedObject, Parts
 from storage_specs.stored_object import REMEDY, StoredObject
 from storage_specs.stores import stem_of
 
+MAX_BYTES = 1 << 26  # some 700,000 documents
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord:
@@ -82,7 +84,10 @@ def read_record(objects: Objects, shard: int, stored: StoredObject | None = None
     Raises CorruptCacheError's kinds, SpecVersionError.
     """
     name = record_name(shard)
-    record = ShardRecord.from_bytes(objects.read(name) if stored is None else objects.fetch(stored), name)
+    if stored is not None and stored.size > MAX_BYTES:
+        raise MalformedObjectError(f"{name}: {stored.size} bytes, above the limit of {MAX_BYTES}")
+    data = objects.read_within(name, MAX_BYTES) if stored is None else objects.fetch(stored)
+    record = ShardRecord.from_bytes(data, name)
     if record.shard != shard or not all(stored.name.startswith(f"{stem_of(shard)}.") for stored in record.objects):
         raise MalformedObjectError(f"{name}: it is the record of another shard")
     return record

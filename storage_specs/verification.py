@@ -65,9 +65,9 @@ def verify_cache(
         cache = open_cache(path)
         shards = len(cache.documents_per_shard)
         for shard in range(shards):
-            intact = [check.object(stored) for stored in cache.table.objects[shard]]
-            if all(intact) and not fast:
-                with check.damage():
+            with check.damage():
+                intact = [check.object(stored) for stored in cache.reader.objects_of(shard)]
+                if all(intact) and not fast:
                     check.shard(cache, shard)
             if progress is not None:
                 progress(shard + 1, shards)

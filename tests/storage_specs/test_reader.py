@@ -121,7 +121,11 @@ def test_what_is_known_without_reading_a_shard(
 
 def test_ids_are_not_opened_unless_wanted(fresh: tuple[Path, list[CachedDocument]]) -> None:
     path, documents = fresh
-    ids = [file for file in path.rglob("*") if file.is_file() and "id_" in str(file.relative_to(path))]
+    ids = [
+        file
+        for file in path.rglob("*")
+        if file.is_file() and any(part in str(file.relative_to(path)) for part in ("id_", ".ids."))
+    ]
     assert len(ids) >= 6
     for file in ids:
         file.unlink()

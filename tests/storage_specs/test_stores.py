@@ -196,11 +196,13 @@ def test_rules_are_checked_on_what_was_decoded(store: str) -> None:
 
     with pytest.raises(ValueError, match="not sorted"):
         row_coding.decode(forged(probs=shard.arrays["probs"][:, ::-1].copy()), SHAPE)
-    with pytest.raises(ValueError, match="code of an id"):
-        row_coding.decode(forged(id_codes=shard.arrays["id_codes"] + np.uint32(300)), SHAPE)
+    for codes, message in ((shard.arrays["id_high"] + np.uint16(2), "of .* words"), (shard.arrays["id_high"], "first")):
+        low = shard.arrays["id_low"] if message != "first" else np.zeros_like(shard.arrays["id_low"])
+        with pytest.raises(ValueError, match=message):
+            row_coding.decode(forged(id_high=codes, id_low=low), SHAPE)
     longer: Columns = row_coding.decode(forged(length=shard.arrays["length"] + np.uint32(1000)), SHAPE)
     assert "outside its message" in problem_of(longer, SHAPE.vocab_size)
-    words = replace(shard, tables={"id_words": shard.tables["id_words"] + np.uint32(300)})
+    words = replace(shard, tables={"id_word_steps": shard.tables["id_word_steps"] + np.uint32(300)})
     with pytest.raises(ValueError, match="in a vocabulary of 300"):
         row_coding.decode(there_and_back(store, words), SHAPE)
 

@@ -27,7 +27,7 @@ from storage_specs.writer import finalize_cache
 HERE = Path(__file__).parent
 
 
-SUFFIXES = (".json", ".parquet", ".id_codes.parquet", ".id_words.parquet")
+SUFFIXES = (".json", ".parquet", ".ids.parquet", ".id_word_steps.parquet")
 
 
 @pytest.mark.parametrize("store", STORES)
