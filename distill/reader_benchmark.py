@@ -108,7 +108,7 @@ def as_text(figures: ReaderFigures) -> str:
             f"  checksums              {spread(figures.gigabytes_per_second, 'GB/s per core')}",
             f"  one document, cold     {spread(figures.cold_ms, 'ms')}",
             f"  one document, warm     {spread(figures.warm_ms, 'ms')}",
-            f"  peak memory            {figures.peak_mib:.0f} MiB; {figures.decoded_shards_kept} decoded shards are kept",
+            f"  peak memory            {figures.peak_mib:.0f} MiB; {figures.decoded_shards_kept} shards kept decoded",
         ]
     )
 

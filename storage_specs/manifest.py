@@ -16,6 +16,7 @@ from storage_specs.stores import STORES
 
 NAME = "manifest.json"
 MAX_BYTES = 1_000_000
+MAX_OBJECT_BYTES = 1 << 30  # of plan, shard table, document table and vocabulary
 COUNTS = ("documents", "rows", "end_rows", "empty_documents", "text_bytes", "unscored_bytes")
 
 
@@ -139,6 +140,9 @@ def _problem_of(manifest: Manifest) -> str | None:
     k, k_ids, vocab_size = sizes = (manifest.k, manifest.k_ids, manifest.vocab_size)
     if not all(type(size) is int for size in sizes) or not (0 <= k_ids <= k <= vocab_size <= 2**32 and k >= 1):
         return f"k, k_ids and vocab_size are {sizes}, but 0 <= k_ids <= k <= vocab_size <= 2^32 and k >= 1 must hold"
+    for stored in manifest.objects:
+        if stored.size > MAX_OBJECT_BYTES:
+            return f"{stored.name} has {stored.size} bytes, above the limit of {MAX_OBJECT_BYTES}"
     if manifest.store not in STORES:
         return f"store {manifest.store!r} is none of {', '.join(STORES)}"
     edges = manifest.row_shape.rank_edges

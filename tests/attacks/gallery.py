@@ -101,7 +101,7 @@ def endless_device(cache: Path) -> None:
     (cache / "shards.parquet").symlink_to("/dev/zero")
 
 
-@attack("zarr", "one of another shard|record of another shard")
+@attack("zarr", "of another shard")
 def another_shards_object(cache: Path) -> None:
     """Takes an array of shard 1 for one of shard 0: well-formed, verified, and about other documents."""
 
@@ -149,6 +149,13 @@ def huge_record(cache: Path) -> None:
     change(rows)
     pq.write_table(pa.Table.from_pylist(rows, schema=shards.schema), cache / "shards.parquet", use_dictionary=False)
     seal_manifest(cache)
+
+
+@attack("arrow", "above the limit")
+def huge_table(cache: Path) -> None:
+    """Reads a shard table of 64 GiB, a sparse file, because the manifest says that it has that size."""
+    os.truncate(cache / "shards.parquet", 64 * GIB)
+    edit_json(cache, "manifest.json", lambda value: value["shards"].update(size=64 * GIB))
 
 
 @attack("arrow", "above the limit")
