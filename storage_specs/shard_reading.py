@@ -83,7 +83,7 @@ class ShardReader:
         return record
 
     def objects_of(self, shard: int) -> tuple[StoredObject, ...]:
-        """All objects of a shard as the table describes them, its record last: each once, none larger than it can be."""
+        """All objects of a shard as the table describes them, its record last: each once, none larger than can be."""
         stored, stem = self.table.objects[shard], stem_of(shard)
         size = self.table.size_of(shard)
         wanted = row_coding.arrays_of(self.manifest.row_shape, size.rows)
