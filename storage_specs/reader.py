@@ -32,7 +32,11 @@ def open_cache(path: str | os.PathLike[str], ids: bool = True) -> "Cache":
     Reads and verifies manifest.json and shards.parquet; shards are read when they are asked for. Raises NotACacheError,
     IncompleteCacheError, SpecVersionError, the kinds of CorruptCacheError, and ConfigError for URLs of no known store.
     """
-    objects = open_objects(path)
+    return cache_of(open_objects(path), ids)
+
+
+def cache_of(objects: Objects, ids: bool = True) -> "Cache":
+    """The finished cache of these objects: what `open_cache` returns, and raises."""
     manifest = read_manifest(objects)
     table = shard_table.table_from_object(objects.fetch(manifest.shards), manifest.counts["documents"])
     counts = {
