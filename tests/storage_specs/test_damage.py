@@ -3,7 +3,6 @@
 The table of 10,000 flips beside plain formats is `scripts/flip_bits.py`'s; this is its small edition.
 """
 
-from pathlib import Path
 
 import flip_bits
 import pytest
