@@ -6,7 +6,7 @@
     id_word_steps   uint32 (W,)      that list, a table of the shard: each id less the one before it, modulo 2^32
 
 The list is cut into classes by the floor of log2 of how often a word occurs, frequent ones first, ids ascending in
-each: within a class the order of words is worth little, and ascending ids are cheap. Ranks whose stored probability is 0
+each: within a class their order is worth little, and ascending ids are cheap. Ranks whose stored probability is 0
 carry nothing, so their ids are not kept: they read as the row's first id, which no loss can tell from the truth.
 
 On 14,244 real Gemma-3 rows, I = 16, bits an id: 18 as others store them; order-0 entropy 10.7; here 10.5 + 0.5 for the
