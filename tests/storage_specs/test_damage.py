@@ -3,7 +3,6 @@
 The table of 10,000 flips beside plain formats is `scripts/flip_bits.py`'s; this is its small edition.
 """
 
-
 import flip_bits
 import pytest
 from damaged_caches import DETECTED, ONE_BY_ONE, SILENT, UNAFFECTED, UNTYPED, WHOLE, OurCache
