@@ -17,9 +17,10 @@ import random
 import signal
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 from damaged_caches import (
@@ -109,41 +110,45 @@ def other_damage(subject: Subject, stale: dict[str, bytes], seed: int) -> Iterat
                 yield "objects of one size exchanged", "any", {name: two, other: one}
 
 
-def tried(subject: Subject, damages: list[Damage], shown: str) -> Counter:
+def damages_of(subject: Subject, stale: dict[str, bytes], count: int, seed: int) -> Iterator[Damage]:
+    """All damage, made one by one: ten thousand copies of a file would fill the memory."""
+    return chain(flips(subject, count, seed), other_damage(subject, stale, seed))
+
+
+def tried(subject: Subject, damages: Iterable[Damage], shown: str) -> Counter:
     """{(kind, region, outcome): how often}."""
     counted: Counter = Counter()
     for kind, region, bad in tqdm(damages, desc=shown, disable=None):
-        files = {name: data for name, data in subject.files.items() if bad.get(name, b"") is not None} | {
-            name: data for name, data in bad.items() if data is not None
-        }
+        files = {name: data for name, data in subject.files.items() if name not in bad}
+        files |= {name: data for name, data in bad.items() if data is not None}
         counted[kind, region, subject.outcome(files, set(bad))] += 1
     return counted
 
 
-def tried_apart(subject: Subject, damages: list[Damage], shown: str) -> Counter:
+def tried_apart(subject: Subject, damages: Callable[[], Iterator[Damage]], shown: str) -> Counter:
     """The same in child processes: a decoder that crashes on damaged bytes ends its child, and counts as a crash."""
     counted: Counter = Counter()
+    kinds = [damage[:2] for damage in damages()]
     done = 0
-    while done < len(damages):
+    while done < len(kinds):
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
             os.close(reading)
-            signal.alarm(600)
-            for damage in damages[done:]:
-                ((_, _, outcome),) = tried(subject, [damage], shown)
+            for damage in tqdm(islice(damages(), done, None), desc=shown, disable=None):
+                signal.alarm(60)
+                ((_, _, outcome),) = tried(subject, [damage], "")
                 os.write(writing, bytes([OUTCOMES.index(outcome)]))
             os._exit(0)
         os.close(writing)
         with os.fdopen(reading, "rb") as pipe:
             outcomes = pipe.read()
-        _, status = os.waitpid(child, 0)
-        for (kind, region, _), outcome in zip(damages[done:], outcomes, strict=False):
-            counted[kind, region, OUTCOMES[outcome]] += 1
+        os.waitpid(child, 0)
+        for kind, outcome in zip(kinds[done:], outcomes, strict=False):
+            counted[*kind, OUTCOMES[outcome]] += 1
         done += len(outcomes)
-        if status and done < len(damages):
-            kind, region, _ = damages[done]
-            counted[kind, region, CRASH] += 1
+        if done < len(kinds):
+            counted[*kinds[done], CRASH] += 1
             done += 1
     return counted
 
@@ -191,7 +196,7 @@ def main() -> None:
     for store, (files, stale) in caches.items():
         for mode in (WHOLE, ONE_BY_ONE):
             subject = OurCache(store, mode, files)
-            damages = [*flips(subject, arguments.flips, arguments.seed), *other_damage(subject, stale, arguments.seed)]
+            damages = damages_of(subject, stale, arguments.flips, arguments.seed)
             rows += rows_of(subject, tried(subject, damages, f"{subject.name}, {mode}"))
     plain = {
         "Zarr, defaults": plain_zarr(crc32c=False),
@@ -204,7 +209,7 @@ def main() -> None:
         subject = PlainFile(name, arrays, write, read)
         stale = write(stale_arrays)
         write(arrays)
-        damages = [*flips(subject, arguments.flips, arguments.seed), *other_damage(subject, stale, arguments.seed)]
+        damages = partial(damages_of, subject, stale, arguments.flips, arguments.seed)
         rows += rows_of(subject, tried_apart(subject, damages, name))
     with arguments.output.open("w", newline="", encoding="utf8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
