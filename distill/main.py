@@ -3,6 +3,7 @@
     distill train --model_name_or_path HuggingFaceTB/SmolLM2-135M --cache my-cache --output_dir student
     distill align-report --cache my-cache --student HuggingFaceTB/SmolLM2-135M --html report.html
     distill evaluate --cache my-cache --model before=HuggingFaceTB/SmolLM2-135M --model after=student
+    distill bench reader my-cache
 
 Nothing heavy is imported before a command runs, so that --help answers at once.
 """
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distill.bench import bench
 from storage_specs.command_line import Parser, nearest, parse, run
 from storage_specs.errors import ConfigError
 
@@ -19,6 +21,7 @@ SUMMARY = {
     "train": "train a student on a cache; the same command resumes",
     "align-report": "what a student would learn from a cache, and where not, before anything is trained",
     "evaluate": "held-out bits per byte of students and of the teacher",
+    "bench": "how fast a cache is read on this machine",
 }
 EXPECTED = ("cache_id", "teacher_name", "teacher_tokenizer_digest")
 
@@ -34,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     command, rest = arguments[0], arguments[1:]
     if command not in SUMMARY:
         raise ConfigError(f"distill: unknown command {command!r}{nearest(command, SUMMARY)}")
-    return {"train": _train, "align-report": _align_report, "evaluate": _evaluate}[command](rest)
+    return {"train": _train, "align-report": _align_report, "evaluate": _evaluate, "bench": bench}[command](rest)
 
 
 def entry() -> None:

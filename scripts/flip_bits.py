@@ -119,10 +119,14 @@ def tried(subject: Subject, damages: Iterable[Damage], shown: str) -> Counter:
     """{(kind, region, outcome): how often}."""
     counted: Counter = Counter()
     for kind, region, bad in tqdm(damages, desc=shown, disable=None):
-        files = {name: data for name, data in subject.files.items() if name not in bad}
-        files |= {name: data for name, data in bad.items() if data is not None}
-        counted[kind, region, subject.outcome(files, set(bad))] += 1
+        counted[kind, region, _outcome(subject, bad)] += 1
     return counted
+
+
+def _outcome(subject: Subject, bad: dict[str, bytes | None]) -> str:
+    files = {name: data for name, data in subject.files.items() if name not in bad}
+    files |= {name: data for name, data in bad.items() if data is not None}
+    return subject.outcome(files, set(bad))
 
 
 def tried_apart(subject: Subject, damages: Callable[[], Iterator[Damage]], shown: str) -> Counter:
@@ -135,10 +139,9 @@ def tried_apart(subject: Subject, damages: Callable[[], Iterator[Damage]], shown
         child = os.fork()
         if child == 0:
             os.close(reading)
-            for damage in tqdm(islice(damages(), done, None), desc=shown, disable=None):
+            for _, _, bad in tqdm(islice(damages(), done, None), desc=shown, disable=None):
                 signal.alarm(60)
-                ((_, _, outcome),) = tried(subject, [damage], "")
-                os.write(writing, bytes([OUTCOMES.index(outcome)]))
+                os.write(writing, bytes([OUTCOMES.index(_outcome(subject, bad))]))
             os._exit(0)
         os.close(writing)
         with os.fdopen(reading, "rb") as pipe:
