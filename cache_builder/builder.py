@@ -6,6 +6,7 @@ The plan is static and every shard is an idempotent job, so the same call resume
 import math
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from cache_builder.replicas import replicas
 from cache_builder.rows import Cutter
 from cache_builder.sampling import Sampling
 from cache_builder.shard_worker import Recipe, ShardWorker, make_prompt
-from cache_builder.teacher import Teacher, find_teacher
+from cache_builder.teacher import Teacher, endpoint_teacher, find_teacher
 from storage_specs.codecs import PROFILES
 from storage_specs.document import KINDS, TOOL_ROLES, Document
 from storage_specs.errors import ConfigError
@@ -38,6 +39,7 @@ DEFAULT_K_IDS = 16
 LONGEST_DEFAULT_WINDOW = 4096  # keeps the logits of a window in memory (4 GB of float32 at 262,144 words)
 STORES = ("zarr", "arrow")
 MODES = ("score", "generate")
+ENDPOINT = ("base_url", "api_key_env", "max_concurrency", "timeout", "vocab_size")
 SAMPLING = ("temperature", "top_p", "top_k", "n", "stop", "seed", "max_tokens")
 LAUNCHERS = ("local", "ray")
 
@@ -49,12 +51,15 @@ class BuildConfig:
     k_ids None: 16, or k where that is less. max_model_len None: the model's own, at most 4,096 tokens.
     window_overlap None: an eighth of max_model_len, in tokens. shard_range: first and last + 1, None for no end.
     extend: a cache whose shards the new one takes over; documents that it holds are not scored again.
-    engine_arguments: passed through to vLLM.
+    mode, temperature to max_tokens: see `Sampling`, which has the defaults; for mode generate only. base_url to
+    vocab_size: see `ServerEngine` and `endpoint_teacher`; for engine server only. launcher: where the
+    data_parallel_size replicas run, on this machine (local) or as actors of a Ray cluster (ray). engine_arguments:
+    passed through to vLLM.
     """
 
     teacher: str
     corpus: str
-    output: Path
+    output: str | Path
     k: int = 64
     k_ids: int | None = None
     engine: str = "auto"
@@ -85,6 +90,11 @@ class BuildConfig:
     stop: Sequence[str] | None = None
     seed: int | None = None
     max_tokens: int | None = None
+    base_url: str | None = None
+    api_key_env: str | None = None
+    max_concurrency: int | None = None
+    timeout: float | None = None
+    vocab_size: int | None = None
     launcher: str = "local"
     data_parallel_size: int = 1
     engine_arguments: dict[str, Any] = field(default_factory=dict)
@@ -120,6 +130,7 @@ class BuildConfig:
                     raise ConfigError(f"{name} is for texts that are scored; leave it out in mode generate")
         elif given := [name for name in SAMPLING if getattr(self, name) is not None]:
             raise ConfigError(f"{', '.join(given)}: for completions that the teacher writes; add --mode generate")
+        self._check_endpoint()
         if self.launcher not in LAUNCHERS:
             raise ConfigError(f"launcher is {self.launcher!r}, but must be {' or '.join(LAUNCHERS)}")
         if not all(self.score_roles) or not self.score_roles or set(self.score_roles) & set(TOOL_ROLES):
@@ -131,7 +142,24 @@ class BuildConfig:
     @property
     def ids_kept(self) -> int:
         """k_ids, resolved."""
+        if self.k_ids is None and self.engine == "server" and self.mode == "generate":
+            return 0
         return min(DEFAULT_K_IDS, self.k) if self.k_ids is None else self.k_ids
+
+    def _check_endpoint(self) -> None:
+        if self.engine != "server":
+            given = [name for name in ENDPOINT if getattr(self, name) is not None]
+            if given:
+                raise ConfigError(f"{', '.join(given)}: for teachers behind an endpoint; add --engine server")
+            return
+        if self.base_url is None:
+            raise ConfigError("engine server needs --base_url, such as http://localhost:8000/v1")
+        if self.engine_arguments:
+            raise ConfigError(f"{', '.join(self.engine_arguments)}: an argument of vLLM; give it to the server itself")
+        for name in ("max_concurrency", "timeout", "vocab_size"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} is {value}, but must be above 0")
 
     def sampling(self, stop_token_ids: tuple[int, ...]) -> Sampling | None:
         """How completions are written; None in mode score. Raises ConfigError."""
@@ -207,7 +235,7 @@ def build(config: BuildConfig) -> BuildReport:
     started = time.monotonic()
     prepared = prepare(config)
     writer = prepared.recipe.writer()
-    with lease(writer.objects, shared=config.shard_range is not None):
+    with lease(writer.objects, shared=config.shard_range is not None), closing(prepared.engine):
         shards = config.shards_of(prepared.plan)
         missing = writer.missing_shards(shards)
         if prepared.base is not None:
@@ -223,6 +251,7 @@ def build(config: BuildConfig) -> BuildReport:
                 progress.tokens(of_shard.tokens)
                 for document in prepared.members(shard):
                     progress.document_done(document)
+                progress.shard_scored()
                 done(shard, of_shard)
 
             jobs = ((shard, prepared.members(shard)) for shard in missing)
@@ -246,14 +275,7 @@ def build(config: BuildConfig) -> BuildReport:
 def prepare(config: BuildConfig) -> Preparation:
     """Read the corpus, find the teacher and make the plan. Nothing is written, no weights are loaded."""
     documents = _documents(config)
-    teacher = find_teacher(
-        config.teacher,
-        revision=config.revision,
-        dtype=config.dtype,
-        tokenizer=config.tokenizer,
-        chat_template_file=config.chat_template,
-        weightless=config.engine_arguments.get("load_format") == "dummy",
-    )
+    teacher = _teacher(config)
     name = choose_engine(config.engine)
     engine = make_engine(name, _engine_config(config, teacher))
     cutter = _cutter(config, teacher, engine.config)
@@ -298,17 +320,41 @@ def _documents(config: BuildConfig) -> list[Document]:
     )
 
 
+def _teacher(config: BuildConfig) -> Teacher:
+    if config.engine == "server":
+        return endpoint_teacher(
+            config.teacher,
+            revision=config.revision,
+            tokenizer=config.tokenizer,
+            chat_template_file=config.chat_template,
+            vocab_size=config.vocab_size,
+            needs_tokenizer=config.mode == "score" or config.ids_kept > 0,
+        )
+    return find_teacher(
+        config.teacher,
+        revision=config.revision,
+        dtype=config.dtype,
+        tokenizer=config.tokenizer,
+        chat_template_file=config.chat_template,
+        weightless=config.engine_arguments.get("load_format") == "dummy",
+    )
+
+
 def _engine_config(config: BuildConfig, teacher: Teacher) -> EngineConfig:
     longest = config.max_model_len or min(teacher.max_positions or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
     if teacher.max_positions and longest > teacher.max_positions:
         raise ConfigError(f"max_model_len is {longest}, but the teacher takes at most {teacher.max_positions} tokens")
+    arguments = config.engine_arguments
+    if config.engine == "server":
+        names = ("base_url", "api_key_env", "max_concurrency", "timeout")
+        arguments = {name: getattr(config, name) for name in names} | {"returns_ids": config.ids_kept > 0}
     return EngineConfig(
-        model=str(teacher.folder),
+        model=config.teacher if config.engine == "server" else str(teacher.folder),
         dtype=teacher.dtype,
         max_model_len=longest,
         k=config.k,
         vocab_size=teacher.vocab_size,
-        arguments=config.engine_arguments,
+        arguments=arguments,
     )
 
 
