@@ -17,7 +17,7 @@ def bench_parser() -> Parser:
     """The flags of `bench`."""
     parser = Parser(
         prog="distill bench",
-        description="reader: how fast a cache is read here: rows decoded, bytes checked, one document with its shard cold.",
+        description="reader: how fast a cache is read here: decoding, checking, one document with its shard cold.",
     )
     add = parser.add_argument
     add("what", choices=WHATS, metavar="WHAT", help="reader")

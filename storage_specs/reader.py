@@ -130,7 +130,7 @@ class Cache:
         return f"<Cache {self.path}: {len(self)} documents, {self.manifest.counts['rows']} rows, k {self.manifest.k}>"
 
     def __reduce__(self) -> tuple:
-        return _open, (self._objects, self.with_ids)
+        return cache_of, (self._objects, self.with_ids)
 
     def shard(self, shard: int) -> list[CachedDocument]:
         """All documents of one shard."""

@@ -118,9 +118,7 @@ class ShardReader:
         """The shard's objects without its record, and where ids are not wanted without those that hold only ids."""
         store, stem = shard_store(self.manifest.store), self.table.stem_of(shard)
         unwanted = frozenset() if self.with_ids else self._id_columns
-        return [
-            stored for stored in self.objects_of(shard)[:-1] if not store.columns_of(stored.name, stem) & unwanted
-        ]
+        return [stored for stored in self.objects_of(shard)[:-1] if not store.columns_of(stored.name, stem) & unwanted]
 
     @cached_property
     def _id_columns(self) -> frozenset[str]:

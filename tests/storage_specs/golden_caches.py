@@ -12,7 +12,7 @@ import json
 import sys
 import tarfile
 import tempfile
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -25,13 +25,14 @@ if __name__ == "__main__":
 from small_caches import STORES, arrays_of, files_of, some_settings, write_cache
 
 from storage_specs import open_cache
+from storage_specs.codecs import PROFILES
 from storage_specs.document import CachedDocument, Document, chat_document, completion_document, text_document
 
 FOLDER = Path(__file__).parent / "golden" / "v1"
-PROFILES = ("exact", "half", "compact")
 NAMES = tuple(f"{store}-{profile}-{ids}" for store in STORES for profile in PROFILES for ids in ("ids", "no-ids"))
 LIBRARIES = ("zarr", "numcodecs", "pyarrow", "numpy")
 K, K_IDS, VOCAB_SIZE = 40, 4, 64
+RANK_EDGES = [40, 44, 52, 64]  # profile sketch
 DOCUMENTS_PER_SHARD = 3
 
 
@@ -50,11 +51,16 @@ def documents_of(name: str) -> list[CachedDocument]:
         text_document("naïve ﬁt, scored once. " * 8),
         text_document("no rows at all"),
     ]
-    with_ids = not name.endswith("no-ids")
-    return [_scored(document, number, with_ids, rows=number != 4) for number, document in enumerate(plain)]
+    documents = [_scored(document, number, rows=number != 4) for number, document in enumerate(plain)]
+    if name.endswith("no-ids"):
+        documents = [replace(document, token_ids=None) for document in documents]
+    if "sketch" in name:
+        shares = np.array([0.5, 0.25, 0.25], np.float32)
+        documents = [replace(document, tail_bins=document.tail_mass[:, None] * shares) for document in documents]
+    return documents
 
 
-def _scored(document: Document, number: int, with_ids: bool, rows: bool) -> CachedDocument:
+def _scored(document: Document, number: int, rows: bool) -> CachedDocument:
     """A row for every third byte of each scored message, and an end row."""
     places: list[tuple[int, int, int, bool]] = []
     for segment, message in enumerate(document.messages if rows else ()):
@@ -78,7 +84,7 @@ def _scored(document: Document, number: int, with_ids: bool, rows: bool) -> Cach
         gold_logprob=-(row_T1[:, 0] % 11 / 8).astype(np.float32),
         tail_mass=tail_T,
         probs=probs_TK,
-        token_ids=ids_TI if with_ids else None,
+        token_ids=ids_TI,
     )
 
 
@@ -86,7 +92,8 @@ def write(name: str, folder: Path) -> dict[str, bytes]:
     """The golden cache of that name, written by this version: {file name: bytes}."""
     store, profile, ids = name.split("-", 2)
     k_ids = K_IDS if ids == "ids" else 0
-    settings = some_settings(store, profile=profile, k=K, k_ids=k_ids, vocab_size=VOCAB_SIZE)
+    parameters = {"rank_edges": RANK_EDGES} if profile == "sketch" else {}
+    settings = some_settings(store, profile=profile, parameters=parameters, k=K, k_ids=k_ids, vocab_size=VOCAB_SIZE)
     write_cache(folder, documents_of(name), settings, DOCUMENTS_PER_SHARD)
     return files_of(folder)
 
