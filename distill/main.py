@@ -97,6 +97,18 @@ def train_parser() -> Parser:
         metavar="D",
         help="weights in memory: float32 | bfloat16 | float16 | auto (float32; --bf16 = mixed precision)",
     )
+    add("--use_peft", action="store_true", help="train LoRA adapters and nothing else")
+    add("--lora_r", metavar="R", help="rank of the adapters (16)")
+    add("--lora_alpha", metavar="A", help="scale of the adapters, times 1 / lora_r (32)")
+    add("--lora_dropout", metavar="P", help="dropout in front of the adapters (0.05)")
+    add(
+        "--lora_target_modules",
+        nargs="+",
+        metavar="M",
+        help="modules with adapters, or all-linear (peft's for the model)",
+    )
+    add("--packing", action="store_true", help="several windows in one row of max_length tokens, kept apart")
+    add("--on_corrupt", metavar="DO", help="a shard that breaks: stop with a checkpoint | quarantine it (stop)")
     add("--max_steps", metavar="N", help="optimisation steps; without it --num_train_epochs (3) counts")
     add("--per_device_train_batch_size", metavar="N", help="documents per micro-batch and process (8)")
     add("--gradient_accumulation_steps", metavar="N", help="micro-batches per optimisation step (1)")
