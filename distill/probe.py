@@ -5,9 +5,10 @@ of CE (c), of each loss of the teacher's (k), of the whole mixture (m), and of C
 
     cosine      c.k / (|c| |k|)      1 = it teaches what CE teaches, 0 = something else, < 0 = against it
     norm ratio  |k| / |c|            times its weight: how hard it pulls beside CE of weight 1
-    gain        h.c / |c| and h.m / |m|: by how many nats per token held-out CE falls, to first order, per unit of a
-                step's length along CE alone and along the mixture. Of EQUAL length, because AdamW and gradient clipping
-                take steps whose length does not follow the gradient's.
+    gain        h.c / (|h| |c|) and h.m / (|h| |m|): how much a short step along CE alone, and one along the mixture,
+                lowers held-out CE, as a share of the most that a step of its length can (length times |h|, in nats per
+                token). Of EQUAL length, because AdamW and gradient clipping take steps whose length does not follow
+                the gradient's.
 
 A mixture that gains less than CE alone makes held-out CE worse than CE alone would, at this point and to first order:
 momentum, Adam's scaling and what a teacher's regularisation brings over many epochs are not seen. One micro-batch is
@@ -46,7 +47,8 @@ class GradientProbe:
         self.terms, self.names, self.weights = terms, tuple(names), tuple(weights)
 
     def measure(self, batch: Batch, held_out: Batch) -> dict[str, float]:
-        """`{name}_cosine` and `{name}_norm_ratio` of every loss but CE, `gain_ce`, `gain_mixture`, `held_out_ce`."""
+        """`{name}_cosine` and `{name}_norm_ratio` of every loss but CE, `gain_ce`, `gain_mixture`; of the held-out
+        batch `held_out_ce` (nats per token) and `held_out_norm` (|h|)."""
 
         def weighted(weights: Sequence[float]) -> Callable[[], torch.Tensor]:
             return lambda: _weighted(self.terms(batch), weights)
@@ -54,15 +56,15 @@ class GradientProbe:
         one_hot = torch.eye(len(self.names)).tolist()
         held_out_ce, h = self._gradient(lambda: self.terms(held_out)[0])
         _, c = self._gradient(weighted(one_hot[0]))
-        size = _dot(c, c) ** 0.5
-        found = {"held_out_ce": held_out_ce, "gain_ce": _ratio(_dot(h, c), size)}
+        most, size = _dot(h, h) ** 0.5, _dot(c, c) ** 0.5
+        found = {"held_out_ce": held_out_ce, "held_out_norm": most, "gain_ce": _ratio(_dot(h, c), most * size)}
         for n, name in enumerate(self.names[1:], 1):
             _, k = self._gradient(weighted(one_hot[n]))
             own = _dot(k, k) ** 0.5
             found |= {f"{name}_cosine": _ratio(_dot(c, k), size * own), f"{name}_norm_ratio": _ratio(own, size)}
             del k
         _, m = self._gradient(weighted(self.weights))
-        return found | {"gain_mixture": _ratio(_dot(h, m), _dot(m, m) ** 0.5)}
+        return found | {"gain_mixture": _ratio(_dot(h, m), most * _dot(m, m) ** 0.5)}
 
     def _gradient(self, loss: Callable[[], torch.Tensor]) -> tuple[float, Gradient]:
         return gradients_of(loss, self.parameters)
@@ -111,10 +113,14 @@ class Harm:
     """Means over the probes that a warning speaks of. lead: how much larger CE's gain is, error: its standard one."""
 
     probes: int
+    held_out_norm: float
     gain_ce: float
     gain_mixture: float
     lead: float
     error: float
+
+
+_WATCHED = ("held_out_norm", "gain_ce", "gain_mixture")
 
 
 class HarmWatch:
@@ -123,31 +129,32 @@ class HarmWatch:
     LEAST, MOST, ERRORS, SHARE = 5, 10, 2.5, 0.05
 
     def __init__(self) -> None:
-        self.gains: deque[tuple[float, float]] = deque(maxlen=self.MOST)
+        self.probes: deque[dict[str, float]] = deque(maxlen=self.MOST)
 
-    def add(self, gain_ce: float, gain_mixture: float) -> Harm | None:
-        """One more probe; where harm is seen, it is told once and then looked for anew."""
-        self.gains.append((gain_ce, gain_mixture))
-        n = len(self.gains)
+    def add(self, found: dict[str, float]) -> Harm | None:
+        """One more probe, as `GradientProbe.measure` tells; where harm is seen, it is told and then looked for anew."""
+        self.probes.append(found)
+        n = len(self.probes)
         if n < self.LEAST:
             return None
-        leads = [ce - mixture for ce, mixture in self.gains]
+        leads = [probe["gain_ce"] - probe["gain_mixture"] for probe in self.probes]
         lead = sum(leads) / n
         error = math.sqrt(sum((each - lead) ** 2 for each in leads) / (n - 1) / n)
-        ce, mixture = (sum(side) / n for side in zip(*self.gains, strict=True))
-        if lead <= self.ERRORS * error or lead <= self.SHARE * abs(ce):
+        mean = {name: sum(probe[name] for probe in self.probes) / n for name in _WATCHED}
+        if lead <= self.ERRORS * error or lead <= self.SHARE * abs(mean["gain_ce"]):
             return None
-        self.gains.clear()
-        return Harm(probes=n, gain_ce=ce, gain_mixture=mixture, lead=lead, error=error)
+        self.probes.clear()
+        return Harm(probes=n, lead=lead, error=error, **mean)
 
 
 def warning(harm: Harm, mixture: str, learning_rate: float) -> str:
-    """One line for the user. learning_rate: the run's peak, the length of the step that is spoken of."""
-    gains = [f"{gain * learning_rate:.2e}" for gain in (harm.gain_ce, harm.gain_mixture)]
+    """One line for the user. learning_rate: the run's peak, taken for the length of the step that is spoken of."""
+    gains = (harm.gain_ce, harm.gain_mixture)
+    told = [f"{gain * harm.held_out_norm * learning_rate:.2e} nats per token ({gain:.0%}" for gain in gains]
     return (
-        f"warning: the teacher's losses do not help on held-out text now: over the last {harm.probes} probes a step "
-        f"along CE alone would lower held-out CE by {gains[0]} nats per token, a step of the same length along "
-        f"{mixture} by {gains[1]} (first order; CE's lead is {harm.lead / harm.error if harm.error else math.inf:.1f} "
-        "standard errors). Try a smaller weight, --loss ce:1,mapped:1 (needs ids), --align boundary, or CE alone, and "
-        "compare with --eval_strategy steps"
+        f"warning: the teacher's losses harm on held-out text now: over the last {harm.probes} probes a step along CE "
+        f"alone would lower held-out CE by {told[0]} of the most that a step of its length can), one along {mixture} "
+        f"by {told[1]}; to first order, CE leads by {harm.lead / harm.error if harm.error else math.inf:.1f} standard "
+        "errors). Try a smaller weight, --loss ce:1,mapped:1 (needs ids), --align boundary, or CE alone, and compare "
+        "them with --eval_strategy steps"
     )

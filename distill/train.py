@@ -24,6 +24,7 @@ from distill.trainer import CachedDistillationTrainer
 from storage_specs.command_line import Parser
 from storage_specs.errors import CacheMismatchError, ConfigError
 from storage_specs.manifest import Manifest
+from storage_specs.reader import open_cache
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 # Training arguments that say where, how fast and how talkatively a run goes, not what it learns; all others make it
@@ -41,12 +42,15 @@ NOT_THE_RUN = re.compile(
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
     """One training run. `expected` names what the cache must be: any of cache_id, teacher_name and
-    teacher_tokenizer_digest. dtype: of the weights in memory (`bf16=True` of the config is mixed precision instead).
+    teacher_tokenizer_digest. cache_dir, cache_bytes: see `open_cache`. dtype: of the weights in memory (`bf16=True` of
+    the config is mixed precision instead).
     """
 
     model_name_or_path: str
     cache: str | Path
     config: DistillationConfig
+    cache_dir: str | Path | None = None
+    cache_bytes: int | None = None
     dtype: str = "float32"
     expected: dict[str, str] | None = None
 
@@ -62,7 +66,8 @@ def train(run: TrainingRun) -> dict[str, Any]:
     checkpoint was saved on Ctrl-C.
     """
     config, output_dir = run.config, Path(run.config.output_dir)
-    documents = CachedDocuments(run.cache, ids=config.mixture.needs_ids)
+    needs_ids = config.mixture.needs_ids
+    documents = CachedDocuments(open_cache(run.cache, needs_ids, cache_dir=run.cache_dir, cache_bytes=run.cache_bytes))
     check_cache(documents.cache.manifest, run.expected or {}, run.cache)
     identity = _identity(run, documents.cache.manifest)
     if not begin(output_dir, identity):

@@ -238,7 +238,7 @@ class CachedDistillationTrainer(Trainer):
         held_out = self.data_collator([self.eval_dataset[n] for n in sorted(numbers)])
         found = probe.measure(batch, held_out)
         self.log(found)
-        harm = self.harm_watch.add(found["gain_ce"], found["gain_mixture"])
+        harm = self.harm_watch.add(found)
         if harm is not None and self.is_world_process_zero():
             print(warning(harm, self.args.loss, self.args.learning_rate), file=sys.stderr, flush=True)
 
