@@ -15,6 +15,7 @@ from cache_builder.corpus import read_corpus
 from cache_builder.dispatch import dispatch
 from cache_builder.engines import choose_engine, make_engine
 from cache_builder.engines.base import Engine, EngineConfig, check_window
+from cache_builder.extension import extended, take_over_base
 from cache_builder.progress import Progress, Work
 from cache_builder.prompts import read_prompts
 from cache_builder.ray_launcher import ray_actors
@@ -26,7 +27,9 @@ from cache_builder.teacher import Teacher, endpoint_teacher, find_teacher
 from storage_specs.codecs import PROFILES
 from storage_specs.document import KINDS, TOOL_ROLES, Document
 from storage_specs.errors import ConfigError
+from storage_specs.lease import lease
 from storage_specs.manifest import Manifest
+from storage_specs.merging import Source
 from storage_specs.plan import Plan, make_plan
 from storage_specs.settings import DEFAULT_PROFILE, CacheSettings
 from storage_specs.token_alphabet import backend_of
@@ -47,6 +50,7 @@ class BuildConfig:
 
     k_ids None: 16, or k where that is less. max_model_len None: the model's own, at most 4,096 tokens.
     window_overlap None: an eighth of max_model_len, in tokens. shard_range: first and last + 1, None for no end.
+    extend: a cache whose shards the new one takes over; documents that it holds are not scored again.
     mode, temperature to max_tokens: see `Sampling`, which has the defaults; for mode generate only. base_url to
     vocab_size: see `ServerEngine` and `endpoint_teacher`; for engine server only. launcher: where the
     data_parallel_size replicas run, on this machine (local) or as actors of a Ray cluster (ray). engine_arguments:
@@ -77,6 +81,7 @@ class BuildConfig:
     min_bytes: int = 0
     score_roles: tuple[str, ...] = ("assistant",)
     shard_range: tuple[int, int | None] | None = None
+    extend: str | None = None
     mode: str = "score"
     temperature: float | None = None
     top_p: float | None = None
@@ -112,6 +117,8 @@ class BuildConfig:
             raise ConfigError(f"k_ids is {self.k_ids}, but must be from 0 to k, which is {self.k}")
         if self.store not in STORES:
             raise ConfigError(f"store is {self.store!r}, but must be {' or '.join(STORES)}")
+        if self.profile not in PROFILES:
+            raise ConfigError(f"profile is {self.profile!r}, but must be {' or '.join(PROFILES)}")
         if self.shard_range and not 0 <= self.shard_range[0] < (self.shard_range[1] or math.inf):
             raise ConfigError(f"shard_range is {self.shard_range}, but must be A:B with 0 <= A < B")
         if self.mode not in MODES:
@@ -126,8 +133,6 @@ class BuildConfig:
         self._check_endpoint()
         if self.launcher not in LAUNCHERS:
             raise ConfigError(f"launcher is {self.launcher!r}, but must be {' or '.join(LAUNCHERS)}")
-        if self.profile not in PROFILES:
-            raise ConfigError(f"profile is {self.profile!r}, but must be {' or '.join(PROFILES)}")
         if not all(self.score_roles) or not self.score_roles or set(self.score_roles) & set(TOOL_ROLES):
             raise ConfigError(
                 f"score_roles is {','.join(self.score_roles)!r}, but must name roles, and never a tool's: what a tool "
@@ -181,11 +186,16 @@ class BuildConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """Everything that is known before the teacher's weights are loaded. engine: not loaded yet."""
+    """Everything that is known before the teacher's weights are loaded.
+
+    documents: those to be scored, the last ones of the plan. engine: not loaded yet. base: the cache whose documents
+    the plan lists before them, where the build extends one.
+    """
 
     documents: Sequence[Document]
     engine: Engine
     recipe: Recipe
+    base: Source | None = None
 
     @property
     def plan(self) -> Plan:
@@ -193,7 +203,8 @@ class Preparation:
 
     def members(self, shard: int) -> list[Document]:
         """The documents of one shard."""
-        return [self.documents[number] for number in self.plan.shards[shard]]
+        before = len(self.plan.doc_ids) - len(self.documents)
+        return [self.documents[number - before] for number in self.plan.shards[shard]]
 
     def characters(self, shards: Iterable[int]) -> int:
         """The length of these shards' texts, from which a bar estimates its end."""
@@ -219,46 +230,46 @@ def build(config: BuildConfig) -> BuildReport:
 
     The teacher's weights are loaded only if a shard is missing. Whoever finds all shards there writes the manifest.
     Raises CorpusError, ConfigError, TokenizerError, ChatTemplateError, EngineError, CacheMismatchError,
-    OutputFolderError, StorageFullError; finished shards are kept.
+    CacheInUseError, OutputFolderError, StorageFullError; finished shards are kept.
     """
     started = time.monotonic()
     prepared = prepare(config)
     writer = prepared.recipe.writer()
-    shards = config.shards_of(prepared.plan)
-    missing = writer.missing_shards(shards)
-    work = Work()
-    with (
-        closing(prepared.engine),
-        Progress(prepared.characters(missing), len(shards) - len(missing), len(shards)) as progress,
-    ):
+    with lease(writer.objects, shared=config.shard_range is not None), closing(prepared.engine):
+        shards = config.shards_of(prepared.plan)
+        missing = writer.missing_shards(shards)
+        if prepared.base is not None:
+            missing = take_over_base(writer, prepared.base, missing)
+        work = Work()
+        with Progress(prepared.characters(missing), len(shards) - len(missing), len(shards)) as progress:
 
-        def done(shard: int, of_shard: Work) -> None:
-            work.add(of_shard)
-            progress.shard_done()
+            def done(shard: int, of_shard: Work) -> None:
+                work.add(of_shard)
+                progress.shard_done()
 
-        def done_elsewhere(shard: int, of_shard: Work) -> None:
-            progress.tokens(of_shard.tokens)
-            for document in prepared.members(shard):
-                progress.document_done(document)
-            progress.shard_scored()
-            done(shard, of_shard)
+            def done_elsewhere(shard: int, of_shard: Work) -> None:
+                progress.tokens(of_shard.tokens)
+                for document in prepared.members(shard):
+                    progress.document_done(document)
+                progress.shard_scored()
+                done(shard, of_shard)
 
-        jobs = ((shard, prepared.members(shard)) for shard in missing)
-        if config.launcher == "local" and config.data_parallel_size == 1:
-            ShardWorker(prepared.recipe, prepared.engine, writer).run(jobs, done, progress)
-        elif missing:
-            pool = replicas if config.launcher == "local" else ray_actors
-            size = min(config.data_parallel_size, len(missing))
-            with pool(prepared.recipe, size, config.gpus_per_replica) as workers:
-                dispatch(jobs, workers, done_elsewhere)
-    absent = 0 if config.shard_range is None else writer.absent_shards()
-    return BuildReport(
-        manifest=None if absent else writer.finalize(),
-        shards_written=len(missing),
-        shards_missing=absent,
-        work=work,
-        seconds=time.monotonic() - started,
-    )
+            jobs = ((shard, prepared.members(shard)) for shard in missing)
+            if config.launcher == "local" and config.data_parallel_size == 1:
+                ShardWorker(prepared.recipe, prepared.engine, writer).run(jobs, done, progress)
+            elif missing:
+                pool = replicas if config.launcher == "local" else ray_actors
+                size = min(config.data_parallel_size, len(missing))
+                with pool(prepared.recipe, size, config.gpus_per_replica) as workers:
+                    dispatch(jobs, workers, done_elsewhere)
+        absent = 0 if config.shard_range is None else writer.absent_shards()
+        return BuildReport(
+            manifest=None if absent else writer.finalize(),
+            shards_written=len(missing),
+            shards_missing=absent,
+            work=work,
+            seconds=time.monotonic() - started,
+        )
 
 
 def prepare(config: BuildConfig) -> Preparation:
@@ -285,7 +296,8 @@ def prepare(config: BuildConfig) -> Preparation:
         cutter=cutter,
         sampling=sampling,
     )
-    return Preparation(documents=documents, engine=engine, recipe=recipe)
+    prepared = Preparation(documents=documents, engine=engine, recipe=recipe)
+    return prepared if config.extend is None else extended(prepared, config.extend, config.documents_per_shard)
 
 
 def _documents(config: BuildConfig) -> list[Document]:

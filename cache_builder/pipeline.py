@@ -124,8 +124,8 @@ def score_shards(
 class BackgroundWriter:
     """Writes shards in threads; `put` waits where SHARDS_WAITING of them are not written yet.
 
-    write: `CacheWriter.write_shard`. done: called by the caller after each shard, in order. What `write` raises
-    is raised by a later `put` or at the end of the `with` block; leaving it by an exception drops shards that wait.
+    write: `CacheWriter.write_shard`. done: called by the caller after each shard, in order. What `write` raises comes
+    out of a later `put`, or of the `with` block's end. Left by an exception, it still writes what it was given.
     """
 
     def __init__(self, write: Callable[[int, list[CachedDocument]], Any], done: Callable[[], None]) -> None:
@@ -146,7 +146,7 @@ class BackgroundWriter:
             while self.waiting and kind is None:
                 self._finish()
         finally:
-            self.threads.shutdown(cancel_futures=True)
+            self.threads.shutdown()
 
     def _finish(self) -> None:
         self.waiting.popleft().result()

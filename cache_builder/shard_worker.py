@@ -4,7 +4,7 @@ A build in one process, its replicas and the actors of a Ray cluster all run thi
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,7 +35,7 @@ class Recipe:
     sampling: in mode generate, where the plan's documents are prompts; None where they are scored as they are.
     """
 
-    output: Path
+    output: str | Path
     settings: CacheSettings
     plan: Plan
     engine: str
@@ -62,22 +62,24 @@ class ShardWorker:
         Raises EngineError, TokenizerError, ChatTemplateError, StorageFullError, OutputFolderError.
         """
         written: deque[tuple[int, Work]] = deque()
-        if self.recipe.sampling is None:
-            edges = self.engine.config.rank_edges
-            opening = partial(
-                windows_of_shard,
-                cutter=self.recipe.cutter,
-                k=self.engine.config.k,
-                k_ids=self.recipe.settings.k_ids,
-                bins=None if edges is None else len(edges) - 1,
-            )
-            shards = finished_shards(jobs, opening, self.engine.score, progress)
-        else:
-            shards = finished_shards(jobs, self._prompts_of_shard, self.generator.generate, progress)
         with BackgroundWriter(self.writer.write_shard, lambda: done(*written.popleft())) as writing:
-            for opened, cached in shards:
+            for opened, cached in self.finished(jobs, progress):
                 written.append((opened.shard, opened.work))
                 writing.put(opened.shard, cached)
+
+    def finished(self, jobs: Iterable[Job], progress: Progress) -> Iterator[tuple[OpenShard, list[CachedDocument]]]:
+        """Every job's documents with their rows, scored as they are, or answered where they are prompts; in order."""
+        if self.recipe.sampling is not None:
+            return finished_shards(jobs, self._prompts_of_shard, self.generator.generate, progress)
+        edges = self.engine.config.rank_edges
+        opening = partial(
+            windows_of_shard,
+            cutter=self.recipe.cutter,
+            k=self.engine.config.k,
+            k_ids=self.recipe.settings.k_ids,
+            bins=None if edges is None else len(edges) - 1,
+        )
+        return finished_shards(jobs, opening, self.engine.score, progress)
 
     def _prompts_of_shard(self, job: Job) -> OpenShard:
         shard, documents = job

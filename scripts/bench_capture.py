@@ -31,6 +31,7 @@ from cache_builder.pipeline import BackgroundWriter, score_shards
 from cache_builder.progress import Progress, Work
 from storage_specs.document import Document, text_document
 from storage_specs.plan import make_plan
+from storage_specs.settings import DEFAULT_PROFILE
 from storage_specs.sketch import log_rank_edges
 from storage_specs.vocabulary import Vocabulary
 from storage_specs.windows import Window
@@ -45,7 +46,14 @@ SHAPES = {
         "num_attention_heads": 16,
         "tie_word_embeddings": True,
     },
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "tiny": {
+        "hidden_size": 256,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    },
 }
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -62,7 +70,7 @@ QWEN3 = {
 }
 BINS = 16
 ROUTES = ("prefill", "rows", "disk", "sketch", "sketch-disk", "flat", "dicts")
-FEWER_PROMPTS = {"flat": 4, "dicts": 16}  # a share of the prompts: these routes are slow, and only compared
+FEWER_PROMPTS = {"flat": 4, "dicts": 12}  # a share of the prompts: these routes are slow, and only compared
 BYTES_PER_TOKEN = 4
 
 
@@ -243,7 +251,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--documents-per-shard", type=int, default=16)
     parser.add_argument("--store", default="zarr")
-    parser.add_argument("--profile", default="half")
+    parser.add_argument("--profile", default=DEFAULT_PROFILE)
     parser.add_argument("--sketch-profile", default="sketch")
     parser.add_argument("--engine", nargs="*", default=[], metavar="NAME[=VALUE]", help="vLLM engine arguments")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "capture.csv")

@@ -1,11 +1,17 @@
-"""The ids of a row's first ranks, as ranks among the shard's own words: the most frequent words get the smallest codes.
+"""The ids of a row's first ranks, as codes among the shard's own words: the most frequent words get the smallest codes.
 
-    id_codes    uint32 (N, I)   0: the id of the row's first rank again; else 1 + the word's place in `id_words`
-    id_words    uint32 (W,)     a table of the shard: its words, most frequent first, equally frequent ones by id
+    id_low          uint8 (N, I)     the code's lowest byte, and
+    id_high         uint16 (N, I)    the rest of it. Code 0: the id of the row's first rank again; else 1 + the word's
+                                     place in the shard's list of words
+    id_word_steps   uint32 (W,)      that list, a table of the shard: each id less the one before it, modulo 2^32
 
-Ranks whose stored probability is 0 carry nothing, so their ids are not kept: they read as the row's first id, which no
-loss can tell from the truth. Small codes leave most bytes zero, and the byte shuffle and the entropy coder of the store
-do the rest.
+The list is cut into classes by the floor of log2 of how often a word occurs, frequent ones first, ids ascending in
+each: within a class their order is worth little, and ascending ids are cheap. Ranks whose stored probability is 0
+carry nothing, so their ids are not kept: they read as the row's first id, which no loss can tell from the truth.
+
+On 14,244 real Gemma-3 rows, I = 16, bits an id: 18 as others store them; order-0 entropy 10.7; here 10.5 + 0.5 for the
+list. Telling words by their predecessor in the row would save 0.2, by the text that followed 0.4 (and tie ids to text);
+both would need tables of their own, and were left.
 
 Legend: N rows, I ranks whose ids are kept, W distinct ids of a shard.
 """
@@ -16,38 +22,40 @@ import numpy as np
 
 from storage_specs.codecs.base import ArraySpec
 
-WORDS = "id_words"
+TABLE = "id_word_steps"
+MOST_WORDS = 2**24 - 1
 
 
 def arrays(k_ids: int) -> tuple[ArraySpec, ...]:
-    return (ArraySpec(name="id_codes", dtype=np.dtype(np.uint32), width=k_ids, rank_major=False),)
+    return (
+        ArraySpec(name="id_low", dtype=np.dtype(np.uint8), width=k_ids, rank_major=False, shuffle="noshuffle"),
+        ArraySpec(name="id_high", dtype=np.dtype(np.uint16), width=k_ids, rank_major=False),
+    )
 
 
 def encode(token_ids_NI: np.ndarray, probs_NI: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The arrays and the table `id_words` of ids whose stored probabilities are `probs_NI`."""
+    """The arrays and the table of ids whose stored probabilities are `probs_NI`. Raises ValueError: too many words."""
     kept_NI = probs_NI > 0
     kept_NI[:, :1] = True
     words_W, word_of, count_W = np.unique(token_ids_NI[kept_NI], return_inverse=True, return_counts=True)
-    order_W = np.argsort(-count_W, kind="stable")
+    if len(words_W) > MOST_WORDS:
+        raise ValueError(f"{len(words_W)} different ids in one shard, more than {MOST_WORDS}; use smaller shards")
+    order_W = np.argsort(-np.frexp(count_W)[1], kind="stable")
     code_W = np.empty(len(words_W), np.uint32)
     code_W[order_W] = np.arange(1, len(words_W) + 1)
     codes_NI = np.zeros(token_ids_NI.shape, np.uint32)
     codes_NI[kept_NI] = code_W[word_of]
-    return {"id_codes": codes_NI}, words_W[order_W].astype(np.uint32)
+    steps_W = np.diff(words_W[order_W].astype(np.uint32), prepend=np.uint32(0))
+    return {"id_low": codes_NI.astype(np.uint8), "id_high": (codes_NI >> 8).astype(np.uint16)}, steps_W
 
 
-def problem_of(arrays: Mapping[str, np.ndarray], words_W: np.ndarray, vocab_size: int) -> str | None:
-    """What is wrong with stored ids, if anything."""
-    codes_NI = arrays["id_codes"]
-    if codes_NI.max(initial=0) > len(words_W) or not codes_NI[:, :1].all():
-        return f"a code of an id is {codes_NI.max()} among {len(words_W)} words, or a row has no first id"
+def decode(arrays: Mapping[str, np.ndarray], steps_W: np.ndarray, vocab_size: int) -> np.ndarray:
+    """(N, I) int64 ids. Raises ValueError for arrays that name no word, or a word that the vocabulary has not."""
+    codes_NI = (arrays["id_high"].astype(np.uint32) << 8) | arrays["id_low"]
+    if codes_NI.max(initial=0) > len(steps_W) or not codes_NI[:, :1].all():
+        raise ValueError(f"an id has the code {codes_NI.max()} of {len(steps_W)} words, or a row has no first id")
+    words_W = np.cumsum(steps_W, dtype=np.uint32)
     if len(words_W) and words_W.max() >= vocab_size:
-        return f"token id {words_W.max()} in a vocabulary of {vocab_size}"
-    return None
-
-
-def decode(arrays: Mapping[str, np.ndarray], words_W: np.ndarray) -> np.ndarray:
-    """(N, I) int64 ids of codes without a problem."""
-    codes_NI = arrays["id_codes"]
+        raise ValueError(f"token id {words_W.max()} in a vocabulary of {vocab_size}")
     ids_NI = np.concatenate([[0], words_W]).astype(np.int64)[codes_NI]
     return np.where(codes_NI == 0, ids_NI[:, :1], ids_NI)

@@ -1,6 +1,6 @@
 """A shard's rows as the named arrays that stores keep, and back: places, gold log-probabilities, values, ids.
 
-Legend: D documents of a shard, N rows of a shard, I ranks whose ids are kept.
+Legend: D documents of a shard, N rows of a shard, I ranks whose ids are kept, W distinct ids of a shard.
 """
 
 import numpy as np
@@ -25,7 +25,7 @@ def arrays_of(shape: RowShape, rows: int, *, with_ids: bool = True) -> ShardArra
     if not with_ids or not shape.k_ids:
         return ShardArrays(arrays=plain, tables={})
     most = min(rows * shape.k_ids, shape.vocab_size)
-    return ShardArrays(arrays=(*plain, *ids.arrays(shape.k_ids)), tables={ids.WORDS: most})
+    return ShardArrays(arrays=(*plain, *ids.arrays(shape.k_ids)), tables={ids.TABLE: most})
 
 
 def id_columns(shape: RowShape) -> frozenset[str]:
@@ -52,7 +52,7 @@ def encode(columns: Columns, shape: RowShape) -> tuple[StoredShard, np.ndarray]:
     tables = {}
     if columns.token_ids is not None:
         stored_NI = shape.codec.decode(value_arrays).probs[:, : shape.k_ids]
-        id_arrays, tables[ids.WORDS] = ids.encode(columns.token_ids, stored_NI)
+        id_arrays, tables[ids.TABLE] = ids.encode(columns.token_ids, stored_NI)
         arrays |= id_arrays
     shard = StoredShard(documents=columns.documents, document_rows=document_rows_D, arrays=arrays, tables=tables)
     return shard, l1_error_N
@@ -60,10 +60,8 @@ def encode(columns: Columns, shape: RowShape) -> tuple[StoredShard, np.ndarray]:
 
 def decode(shard: StoredShard, shape: RowShape) -> Columns:
     """The columns of a stored shard, or of some documents of one. Raises ValueError for arrays that cannot be."""
-    arrays, words_W = shard.arrays, shard.tables.get(ids.WORDS)
+    arrays, id_steps_W = shard.arrays, shard.tables.get(ids.TABLE)
     problem = shape.codec.problem_of(arrays)
-    if problem is None and words_W is not None:
-        problem = ids.problem_of(arrays, words_W, shape.vocab_size)
     if problem:
         raise ValueError(problem)
     segment_N, byte_start_N, byte_end_N = places.decode(arrays, shard.document_rows)
@@ -79,6 +77,6 @@ def decode(shard: StoredShard, shape: RowShape) -> Columns:
         gold_logprob=arrays["gold_logprob"] if exact else (arrays["gold_steps"] / -STEPS_PER_NAT).astype(np.float32),
         tail_mass=values.tail_mass,
         probs=values.probs,
-        token_ids=None if words_W is None else ids.decode(arrays, words_W),
+        token_ids=None if id_steps_W is None else ids.decode(arrays, id_steps_W, shape.vocab_size),
         tail_bins=values.tail_bins,
     )

@@ -27,8 +27,8 @@ class CacheSettings:
     they are (names, revisions, digests, versions); the format keeps them as they are. k: sorted values per row.
     k_ids: ranks whose ids are kept, 0 to k. vocab_size: the teacher's. store: "zarr" or "arrow".
     profile, parameters: of the value codec (`codecs.codec_of`), its own defaults where none are given.
-    vocabulary: the teacher's words, needed exactly where k_ids > 0, with vocab_size entries.
-    generation: how the teacher wrote completions (a JSON object), None where it scored texts that were there.
+    vocabulary: the teacher's words, needed exactly where k_ids > 0, with vocab_size entries. generation: how the
+    teacher wrote completions (a JSON object), None where it scored texts that were there.
     """
 
     teacher: dict[str, Any]

@@ -16,7 +16,6 @@ from storage_specs.reader import Cache, open_cache
 from storage_specs.sealed_json import digest_of
 from storage_specs.shard_record import ShardRecord
 from storage_specs.stored_object import StoredObject
-from storage_specs.stores import stem_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +125,7 @@ class _Check:
             "its record counts other end rows or unscored bytes": record.end_rows == columns.is_end.sum()
             and record.unscored_bytes == unscored_bytes,
         }
-        self.problems += [f"{stem_of(shard)}: {problem}" for problem, good in checks.items() if not good]
+        self.problems += [f"{cache.table.stem_of(shard)}: {problem}" for problem, good in checks.items() if not good]
         self.records.append(record)
 
     def whole(self, cache: Cache) -> None:

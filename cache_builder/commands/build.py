@@ -2,22 +2,30 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from cache_builder.commands import SUMMARY
 from storage_specs.command_line import Parser, parse
 
 
-def parser(command: str = "build") -> Parser:
-    """The flags of `build`: the fields of `builder.BuildConfig`, which has the defaults and checks the values."""
+def parser(command: str = "build", *, without: Collection[str] = (), optional: Collection[str] = ()) -> Parser:
+    """The flags of `build`: the fields of `builder.BuildConfig`, which has the defaults and checks the values.
+
+    Other commands that score documents take them, too: `without` some, and with some `optional` that a build needs.
+    """
     flags = Parser(
         prog=f"cache-builder {command}",
         description=f"{SUMMARY[command].capitalize()}.",
         epilog="With --engine vllm every other flag is a vLLM engine argument, such as --tensor_parallel_size 2.",
         argument_default=argparse.SUPPRESS,
     )
-    add = flags.add_argument
+
+    def add(flag: str, *, required: bool = False, **options: Any) -> None:
+        name = flag.removeprefix("--")
+        if name not in without:
+            flags.add_argument(flag, required=required and name not in optional, **options)
+
     add("--teacher", required=True, metavar="MODEL", help="hub name or local Hugging Face folder")
     add(
         "--corpus",
@@ -62,6 +70,7 @@ def parser(command: str = "build") -> Parser:
     add("--documents_per_shard", type=int, metavar="N", help="documents per shard, the unit of resuming (256)")
     add("--shard_range", type=_shard_range, metavar="A:B", help="only shards A to B - 1 of the plan, for job arrays")
     add("--data_parallel_size", type=int, metavar="N", help="replicas of the teacher, one process and GPU each (1)")
+    add("--extend", metavar="CACHE", help="a finished cache to take over; only documents that it lacks are scored")
     add("--base_url", metavar="URL", help="engine server: an OpenAI-compatible endpoint, up to and with /v1")
     add("--api_key_env", metavar="NAME", help="engine server: the environment variable of its key (OPENAI_API_KEY)")
     add("--max_concurrency", type=int, metavar="N", help="engine server: requests under way at a time (16)")

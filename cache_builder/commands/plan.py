@@ -10,8 +10,7 @@ from storage_specs.errors import ConfigError
 
 def parser() -> Parser:
     """The flags of `build`, of which --output may be left out, and where the speed is from."""
-    flags = build.parser("plan")
-    next(action for action in flags._actions if action.dest == "output").required = False
+    flags = build.parser("plan", optional=["output"])
     flags.add_argument(
         "--tokens_per_second", type=float, metavar="X", help="speed of one replica, as `build` printed it"
     )
@@ -36,10 +35,6 @@ def run(arguments: Sequence[str]) -> int:
     prepared = prepare(config)
     work = workload_of(prepared)
     speed = None if given is None else (given, "given")
-    if seconds is not None and config.mode == "generate":
-        raise ConfigError(
-            "--probe measures scoring; for --mode generate give --tokens_per_second, as `build` printed it"
-        )
     if seconds is not None:
         first = [window for document in prepared.documents[:256] for window in prepared.recipe.cutter.windows(document)]
         speed = probe(prepared.engine, first, seconds), f"probed for about {seconds:g} s"

@@ -199,50 +199,52 @@ def tail_kernel(
     row = tl.program_id(0).to(tl.int64)
     source = logits_BV + row * row_stride
     lse, kth = tl.load(lse_B + row), tl.load(kth_B + row)
-    per_nat = S / tl.minimum(tl.maximum(kth - tl.load(smallest_B + row), 1e-6), longest)
+    span = tl.minimum(tl.maximum(kth - tl.load(smallest_B + row), 1e-6), longest)
 
     lane = tl.arange(0, TILE)
     counts = tl.zeros((S,), tl.int32)
+    absent = tl.zeros((TILE,), tl.int32)
     for start in range(0, V, TILE):
         values = tl.load(source + start + lane, mask=start + lane < V, other=float("-inf")).to(tl.float32)
-        step = tl.minimum(tl.maximum((kth - values) * per_nat, 0.0), S - 1.0)
+        # Finer steps near the K-th value, where single words have mass.
+        step = tl.minimum(tl.sqrt(tl.maximum((kth - values) / span, 0.0)) * S, S - 1.0)
         counts += tl.histogram(step.to(tl.int32), S)
+        absent += (values == float("-inf")).to(tl.int32)
     step = tl.arange(0, S)
-    # The head lies in step 0; the lanes beyond the vocabulary were counted in the last one.
-    counts = tl.where(step == S - 1, counts - (tl.cdiv(V, TILE) * TILE - V), counts)
+    counts = tl.where(step == S - 1, counts - tl.sum(absent, 0), counts)
     below = tl.cumsum(counts, 0)
     before = below - counts
     bin = tl.arange(0, JP)
-    edge = tl.load(edges_J1 + 1 + bin, mask=bin < J - 1, other=V)
+    edge = tl.load(edges_J1 + 1 + bin, mask=bin < J, other=V)
     owner = tl.sum((below[None, :] <= edge[:, None]).to(tl.int32), 1)
     is_owner = step[None, :] == owner[:, None]
     into = (edge - tl.sum(tl.where(is_owner, before[None, :], 0), 1)).to(tl.float32)
     held = tl.sum(tl.where(is_owner, counts[None, :], 0), 1).to(tl.float32)
-    # Of step 0 the head's ranks are the first, all at its upper end.
+    # The head lies in step 0, its ranks first, all at the upper end.
     head = tl.where(owner == 0, K * 1.0, 0.0)
-    share = tl.maximum(into - head, 0.0) / tl.maximum(held - head, 1.0)
-    threshold = kth - (owner + share) / per_nat
+    depth = (owner + tl.maximum(into - head, 0.0) / tl.maximum(held - head, 1.0)) / S
+    # Edges beyond the words that can come at all (the last edge always is) take everything.
+    threshold = tl.where(owner == S, float("-inf"), kth - span * depth * depth)
     # 16-bit logits tie, so thresholds are values that they can have: `lowest` is the next one above.
     rounded = threshold.to(logits_BV.dtype.element_ty)
     lowest = _next_above(rounded)
-    threshold = tl.where(bin < J - 1, rounded.to(tl.float32), float("-inf"))
+    threshold = rounded.to(tl.float32)
 
     part = tl.arange(0, PART)
     number = tl.zeros((JP, PART), tl.int32)
     mass = tl.zeros((JP, PART), tl.float32)
     in_head = tl.zeros((PART,), tl.int32)
     for start in range(0, V, PART):
-        values = tl.load(source + start + part, mask=start + part < V, other=float("-inf")).to(tl.float32)
-        in_head += (values > kth).to(tl.int32)
-        share = tl.where(values > kth, 0.0, tl.exp(values - lse))
-        over = values[None, :] > threshold[:, None]
+        z = tl.load(source + start + part, mask=start + part < V, other=float("-inf")).to(tl.float32)
+        in_head += (z > kth).to(tl.int32)
+        share = tl.where(z > kth, 0.0, tl.exp(z - lse))
+        over = z[None, :] > threshold[:, None]
         number += over.to(tl.int32)
         mass += tl.where(over, share[None, :], 0.0)
     # Words of the head that equal its last one were counted among the tail.
     equal = (K - tl.sum(in_head, 0)) * tl.exp(kth - lse)
-    missed = tl.where(bin < J - 1, edge - tl.sum(number, 1), 0)
-    at_edge = tl.where(missed > 0, threshold, lowest)
-    made_good = tl.where(missed == 0, 0.0, missed.to(tl.float32) * tl.exp(at_edge - lse))
+    missed = edge - tl.sum(number, 1)
+    made_good = missed.to(tl.float32) * tl.exp(tl.where(missed > 0, threshold, lowest) - lse)
     reached = tl.sum(mass, 1) - equal + made_good
     tl.store(values_BW + row * W + 1 + K + bin, tl.maximum(reached, 0.0), mask=bin < J)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from naive_reduction import assert_rows_equal_a_full_sort
 
 from cache_builder.engines.base import EngineConfig
 from cache_builder.engines.reduction import reduce_rows
@@ -33,17 +34,8 @@ def test_rows_equal_a_full_sort(vocabulary: int, k: int, spread: float, dtype: t
     logits_BV = padded_BV.to(dtype)[:, :vocabulary]
     target_B = torch.randint(0, vocabulary, (64,), device="cuda", generator=generator)
     edges = log_rank_edges(k, vocabulary, BINS)
-    values_BW, ids_BK = (part.cpu().numpy() for part in reduce_rows(logits_BV, target_B, k, tuple(edges.tolist())))
-    logprobs_BV = logits_BV.double().log_softmax(-1).cpu().numpy()
-    order_BV = np.lexsort((np.broadcast_to(np.arange(vocabulary), logprobs_BV.shape), -logprobs_BV), axis=-1)
-    sorted_BV = np.take_along_axis(logprobs_BV, order_BV, axis=1)
-    np.testing.assert_array_equal(ids_BK, order_BV[:, :k])
-    np.testing.assert_allclose(values_BW[:, 1 : 1 + k], sorted_BV[:, :k], rtol=0, atol=5e-6)
-    gold_B = np.take_along_axis(logprobs_BV, target_B.cpu().numpy()[:, None], axis=1)[:, 0]
-    np.testing.assert_allclose(values_BW[:, 0], gold_B, rtol=0, atol=5e-6)
-    expected_BJ = bin_masses(np.exp(sorted_BV), edges)
-    np.testing.assert_allclose(values_BW[:, 1 + k :], expected_BJ, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(values_BW[:, 1 + k :].sum(1), expected_BJ.sum(1), rtol=0, atol=1e-6)
+    rows = reduce_rows(logits_BV, target_B, k, tuple(edges.tolist()))
+    assert_rows_equal_a_full_sort(*rows, logits_BV, target_B, k, edges)
 
 
 SCORE = """

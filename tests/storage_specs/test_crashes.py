@@ -67,8 +67,8 @@ def test_a_real_file_size_limit(tmp_path: Path) -> None:
     kept = files_of(tmp_path / "cache")
     assert sorted(kept) == [
         "plan.json",
-        "shards/000000.id_codes.parquet",
-        "shards/000000.id_words.parquet",
+        "shards/000000.id_word_steps.parquet",
+        "shards/000000.ids.parquet",
         "shards/000000.json",
         "shards/000000.parquet",
         "vocabulary.parquet",
