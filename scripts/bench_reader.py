@@ -135,11 +135,28 @@ def _rate(spread: Spread) -> dict[str, object]:
     return {"rows_per_second": spread.median, "rows_per_second_p10": spread.p10, "rows_per_second_p90": spread.p90}
 
 
-FIELDS = (
-    "what,rows,bytes_per_row,value_bytes_per_row,mean_l1_of_values,rows_per_second,rows_per_second_p10,"
-    "rows_per_second_p90,checksums_gb_per_second,one_document_cold_ms,one_document_cold_ms_p90,one_document_warm_ms,"
-    "one_document_warm_ms_p90,peak_mib,machine,python,zarr,numcodecs,pyarrow,numpy"
-).split(",")
+FIELDS = [
+    "what",
+    "rows",
+    "bytes_per_row",
+    "value_bytes_per_row",
+    "mean_l1_of_values",
+    "rows_per_second",
+    "rows_per_second_p10",
+    "rows_per_second_p90",
+    "checksums_gb_per_second",
+    "one_document_cold_ms",
+    "one_document_cold_ms_p90",
+    "one_document_warm_ms",
+    "one_document_warm_ms_p90",
+    "peak_mib",
+    "machine",
+    "python",
+    "zarr",
+    "numcodecs",
+    "pyarrow",
+    "numpy",
+]
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ A branch or tag is resolved once, so that all objects come from one commit. The 
 (HF_TOKEN or `hf auth login`), and so are the endpoint (HF_ENDPOINT) and repeating requests that failed.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -107,7 +108,10 @@ class HubObjects(Objects):
     def delete(self, name: str) -> NoReturn:
         self._refuse()
 
-    def sweep(self) -> NoReturn:
+    def age(self, name: str) -> NoReturn:
+        self._refuse()
+
+    def sweep(self, grace: float = math.inf) -> NoReturn:
         self._refuse()
 
     @cached_property

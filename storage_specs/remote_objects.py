@@ -6,6 +6,7 @@ what failed by 5xx, 429, a reset or a lost answer, and goes on in the middle of 
 know: whether a creation that lost its answer was ours, and whether a body is all that was written.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -124,7 +125,17 @@ class RemoteObjects(Objects):
         with suppress(FileNotFoundError):  # S3 does not say so, others do
             self._ask(name, lambda: obstore.delete(self._client, name), PAUSES)
 
-    def sweep(self) -> None:
+    @in_living_process
+    def age(self, name: str) -> float | None:
+        import obstore
+
+        try:
+            written = self._ask(name, lambda: obstore.head(self._client, name)["last_modified"])
+        except FileNotFoundError:
+            return None
+        return time.time() - written.timestamp()
+
+    def sweep(self, grace: float = math.inf) -> None:
         """Nothing is ever half written here; parts of killed uploads are for the bucket's own lifecycle rules."""
 
     def _open(self) -> Any:

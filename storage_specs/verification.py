@@ -112,7 +112,7 @@ class _Check:
         members = cache.table.documents_of(shard)
         scored = sum(m.byte_end - m.byte_start for document in columns.documents for m in document.messages if m.scored)
         unscored_bytes = scored - int((columns.byte_end - columns.byte_start).sum())
-        doc_ids = [document.doc_id for document in columns.documents]
+        doc_ids = [document.doc_id for document in columns.documents] if cache.manifest.text else list(record.doc_ids)
         checks = {
             "a document's content has another doc_id": doc_ids == list(record.doc_ids),
             "its record belongs to other settings": record.config_digest == cache.manifest.config_digest,
