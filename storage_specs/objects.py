@@ -69,9 +69,12 @@ class Objects(ABC):
     def sweep(self) -> None:
         """Remove what killed writers of this host left half written; what live processes write stays."""
 
-    def check_size(self, stored: StoredObject) -> None:
-        """Raises MissingObjectError, SizeMismatchError; reads nothing."""
-        found = self.size(stored.name)
+    def check_size(self, stored: StoredObject, sizes: Mapping[str, int] | None = None) -> None:
+        """Raises MissingObjectError, SizeMismatchError; reads nothing.
+
+        sizes: what `list` said, where many objects are looked at.
+        """
+        found = self.size(stored.name) if sizes is None else sizes.get(stored.name)
         if found is None:
             raise MissingObjectError(
                 f"{stored.name}: expected {stored.size} bytes, found no object in {self.place}; {REMEDY}"

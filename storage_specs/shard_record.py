@@ -94,8 +94,7 @@ def verified_record(objects: Objects, shard: int, config_digest: str, doc_ids: t
         record = read_record(objects, shard)
         if record.config_digest != config_digest or record.doc_ids != doc_ids:
             return None
-        for stored in record.objects:
-            objects.fetch(stored)
+        objects.fetch_all(record.objects)
     except (CorruptCacheError, SpecVersionError):
         return None
     return record

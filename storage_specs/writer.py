@@ -63,8 +63,9 @@ class CacheWriter:
         finished = self.manifest
         if finished is not None:
             table = shard_table.table_from_object(self.objects.fetch(finished.shards))
+            sizes = dict(self.objects.list())
             for stored in chain.from_iterable(table.objects):
-                self.objects.check_size(stored)
+                self.objects.check_size(stored, sizes)
             return []
         missing = []
         for shard in range(len(self.plan.shards)):
