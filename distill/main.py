@@ -47,7 +47,7 @@ def train_parser() -> Parser:
     """The flags of `train` that are its own or most used; `DistillationConfig` holds defaults and checks values."""
     parser = Parser(
         prog="distill train",
-        description="Train a student on a cache: CE + ULD + mapped. The same command resumes an interrupted run.",
+        description="Train a student on a cache, by the losses of --loss. The same command resumes an interrupted run.",
         epilog="Every other field of transformers.TrainingArguments is a flag too: --bf16, --max_grad_norm 1 ...",
         argument_default=argparse.SUPPRESS,
     )
@@ -57,9 +57,18 @@ def train_parser() -> Parser:
     add("--cache_dir", metavar="DIR", help="keep on this disk what is read of a remote cache ($TEACH_ONCE_CACHE_DIR)")
     add("--cache_bytes", type=int, metavar="N", help="at most that much of it ($TEACH_ONCE_CACHE_BYTES, 32 GiB)")
     add("--output_dir", required=True, metavar="DIR", help="checkpoints and the trained student")
-    add("--ce_weight", metavar="W", help="weight of the cross entropy on the text (1)")
-    add("--uld_weight", metavar="W", help="weight of ULD on the teacher's sorted values (1.5)")
-    add("--mapped_weight", metavar="W", help="weight of the divergence on the teacher's words; needs ids (0)")
+    add(
+        "--loss",
+        metavar="MIX",
+        help="losses and weights: ce, uld, mapped, hybrid, likelihood; kl, jsd with the teacher's tokenizer "
+        "(ce:1,uld:1.5, the paper's)",
+    )
+    add(
+        "--mapping",
+        metavar="M",
+        help="a teacher's id is the student's word: first_token = of its bytes | equal_bytes = only a whole one "
+        "(first_token)",
+    )
     add(
         "--align",
         metavar="MODE",
@@ -89,6 +98,9 @@ def train_parser() -> Parser:
     add("--per_device_train_batch_size", metavar="N", help="documents per micro-batch and process (8)")
     add("--gradient_accumulation_steps", metavar="N", help="micro-batches per optimisation step (1)")
     add("--learning_rate", metavar="R", help="peak learning rate (5e-5)")
+    add("--eval_strategy", metavar="S", help="held-out bits per byte while training: no | steps | epoch (no)")
+    add("--eval_steps", metavar="N", help="steps between two of these")
+    add("--probe_steps", metavar="N", help="steps between two probes of what the teacher's losses do (0 = never)")
     add("--save_steps", metavar="N", help="steps between checkpoints (500)")
     add("--seed", metavar="N", help="decides the order of documents (42)")
     for name in EXPECTED:
@@ -145,10 +157,9 @@ def _align_report(arguments: Sequence[str]) -> int:
     from distill.alignment_report import alignment_report
     from distill.dataset import CachedDocuments
     from distill.report_format import as_html, as_text
-    from distill.train import load_tokenizer
+    from distill.students import load_tokenizer
 
-    documents = CachedDocuments(namespace.cache)
-    documents.numbers = documents.numbers[: namespace.max_documents]
+    documents = CachedDocuments(namespace.cache, documents=namespace.max_documents)
     facts = alignment_report(
         documents,
         load_tokenizer(namespace.student),

@@ -41,6 +41,10 @@ class OutputFolderError(TeachOnceError, FileExistsError):
     """The output folder holds something else, and nothing in it was touched."""
 
 
+class CacheInUseError(TeachOnceError):
+    """Another process of this machine is writing the cache."""
+
+
 class CacheMismatchError(TeachOnceError, ValueError):
     """A cache, plan or checkpoint was made with another teacher, tokenizer, corpus or setting than the config names."""
 

@@ -101,7 +101,7 @@ def _codecs(spec: ArraySpec, inner: int) -> dict[str, Any]:
     itemsize = spec.dtype.itemsize
     blosc = BloscCodec(
         cname="zstd",
-        clevel=9,
+        clevel=7,  # 1 % larger than 9, and written three times as fast
         shuffle=spec.shuffle,
         typesize=itemsize,
         blocksize=spec.block_columns * inner * itemsize if spec.rank_major else 0,
