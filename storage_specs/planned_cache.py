@@ -74,8 +74,9 @@ class PlannedCache:
         finished = self.manifest
         if finished is not None:
             table = shard_table.table_from_object(self.objects.fetch(finished.shards), finished.counts["documents"])
+            sizes = dict(self.objects.list())
             for stored in chain.from_iterable(table.objects):
-                self.objects.check_size(stored)
+                self.objects.check_size(stored, sizes)
             return []
         revisions = record_revisions(self.objects)
         missing = []

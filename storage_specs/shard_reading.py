@@ -4,7 +4,7 @@ A shard is read whole (every object, against size and crc32c), or one document o
 against its crc32c in the shard's commit record).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,9 +37,10 @@ class ShardReader:
     table: ShardTable
     with_ids: bool
 
-    def columns(self, shard: int) -> Columns:
-        """All documents of a shard; every object was verified whole."""
-        return self._columns(shard, self.stored(shard), Selection.everything(self.table.size_of(shard)))
+    def columns(self, shard: int, contents: Mapping[str, bytes] | None = None) -> Columns:
+        """All documents of a shard; every object was verified whole. `contents`: its objects, if they were read."""
+        source = self.stored(shard) if contents is None else WholeObjects(contents)
+        return self._columns(shard, source, Selection.everything(self.table.size_of(shard)))
 
     def stored(self, shard: int) -> ShardBytes:
         """A shard's objects, verified whole."""
