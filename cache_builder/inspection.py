@@ -99,14 +99,18 @@ def show_rows(path: str | os.PathLike[str], count: int) -> str:
 
 def build_summary(report: "BuildReport", path: str | os.PathLike[str]) -> str:
     """What one call of `build` did and what the cache holds now."""
-    counts, work = report.manifest.counts, report.work
-    size = sum(stored.size for stored in chain.from_iterable(open_cache(path).table.objects))
-    rows = counts["rows"]
+    work = report.work
     if report.shards_written:
         speed = f"; {work.tokens:,} tokens in {report.seconds:.1f} s, {work.tokens / report.seconds:,.0f} tok/s"
         did = f"wrote {report.shards_written:,} shards{speed}"
     else:
         did = "already complete, nothing to do"
+    if report.manifest is None:
+        return (
+            f"{path}: {did}\n{report.shards_missing:,} shards of other ranges are missing; who writes the last ends it"
+        )
+    counts, rows = report.manifest.counts, report.manifest.counts["rows"]
+    size = sum(stored.size for stored in chain.from_iterable(open_cache(path).table.objects))
     return (
         f"{path}: {did}\n"
         f"{counts['documents']:,} documents ({counts['empty_documents']:,} without rows), {rows:,} rows, "

@@ -4,6 +4,7 @@ Nothing here reads weights into memory; that is left to the engine, and only whe
 """
 
 import hashlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from storage_specs.document import canonical_json
 from storage_specs.errors import ConfigError, TokenizerError
 from storage_specs.rendering import chat_template_digest
-from storage_specs.vocabulary import tokenizer_digest
+from storage_specs.vocabulary import special_roles, tokenizer_digest
 
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")  # the first that matches
@@ -53,6 +54,18 @@ class Teacher:
 
     def chat_template_identity(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return {"digest": chat_template_digest(self.chat_template), "kwargs": kwargs}
+
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens with which this teacher ends a text or a turn: its generation config's and its tokenizer's."""
+        ends = {token for token, role in special_roles(self.tokenizer).items() if role in ("eos", "end_of_turn")}
+        if getattr(self.tokenizer, "eos_token_id", None) is not None:
+            ends.add(self.tokenizer.eos_token_id)
+        try:
+            named = json.loads((self.folder / "generation_config.json").read_bytes()).get("eos_token_id")
+        except (OSError, ValueError, AttributeError):  # none, or not readable: the tokenizer's own will do
+            named = None
+        ends |= set(named if isinstance(named, list) else [] if named is None else [named])
+        return tuple(sorted(token for token in ends if token < self.vocab_size))
 
 
 def find_teacher(

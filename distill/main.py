@@ -20,6 +20,7 @@ SUMMARY = {
     "align-report": "what a student would learn from a cache, and where not, before anything is trained",
     "evaluate": "held-out bits per byte of students and of the teacher",
 }
+RUN = ("model_name_or_path", "cache", "cache_dir", "cache_bytes", "dtype")
 EXPECTED = ("cache_id", "teacher_name", "teacher_tokenizer_digest")
 
 
@@ -53,6 +54,8 @@ def train_parser() -> Parser:
     add = parser.add_argument
     add("--model_name_or_path", required=True, metavar="MODEL", help="hub name or local folder of the student")
     add("--cache", required=True, metavar="PLACE", help="a finished cache: folder or URL (s3://, gs://, az://, hf://)")
+    add("--cache_dir", metavar="DIR", help="keep on this disk what is read of a remote cache ($TEACH_ONCE_CACHE_DIR)")
+    add("--cache_bytes", type=int, metavar="N", help="at most that much of it ($TEACH_ONCE_CACHE_BYTES, 32 GiB)")
     add("--output_dir", required=True, metavar="DIR", help="checkpoints and the trained student")
     add("--ce_weight", metavar="W", help="weight of the cross entropy on the text (1)")
     add("--uld_weight", metavar="W", help="weight of ULD on the teacher's sorted values (1.5)")
@@ -170,7 +173,7 @@ def _train(arguments: Sequence[str]) -> int:
     namespace, extras = parse(train_parser(), arguments, field_names)
     values = {name: value for name, value in vars(namespace).items() if name != "config"} | extras
     expected = {name: values.pop(name) for name in EXPECTED if name in values}
-    own = {name: values.pop(name) for name in ("model_name_or_path", "cache", "dtype") if name in values}
+    own = {name: values.pop(name) for name in RUN if name in values}
     if "chat_template" in values:
         values["chat_template"] = _read(values["chat_template"])
     from distill.train import TrainingRun, make_config, train

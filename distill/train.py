@@ -31,6 +31,7 @@ from storage_specs.command_line import Parser
 from storage_specs.errors import CacheMismatchError, ConfigError
 from storage_specs.manifest import Manifest
 from storage_specs.model_identity import model_digest
+from storage_specs.reader import open_cache
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 # Training arguments that say where, how fast and how talkatively a run goes, not what it learns; all others make it
@@ -47,12 +48,15 @@ NOT_THE_RUN = re.compile(
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
     """One training run. `expected` names what the cache must be: any of cache_id, teacher_name and
-    teacher_tokenizer_digest. dtype: of the weights in memory (`bf16=True` of the config is mixed precision instead).
+    teacher_tokenizer_digest. cache_dir, cache_bytes: see `open_cache`. dtype: of the weights in memory (`bf16=True` of
+    the config is mixed precision instead).
     """
 
     model_name_or_path: str
     cache: str | Path
     config: DistillationConfig
+    cache_dir: str | Path | None = None
+    cache_bytes: int | None = None
     dtype: str = "float32"
     expected: dict[str, str] | None = None
 
@@ -68,7 +72,8 @@ def train(run: TrainingRun) -> dict[str, Any]:
     checkpoint was saved on Ctrl-C.
     """
     config, output_dir = run.config, Path(run.config.output_dir)
-    documents = CachedDocuments(run.cache, ids=config.mapped_weight > 0)
+    cache = open_cache(run.cache, ids=config.mapped_weight > 0, cache_dir=run.cache_dir, cache_bytes=run.cache_bytes)
+    documents = CachedDocuments(cache)
     check_cache(documents.cache.manifest, run.expected or {}, run.cache)
     identity = _identity(run, documents.cache.manifest)
     if not begin(output_dir, identity):

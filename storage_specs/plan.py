@@ -83,8 +83,12 @@ def differences(plan: Plan, config: dict[str, Any], other_plan: Plan, other_conf
         found.append(f"corpus: {len(plan.doc_ids)} documents, not these {len(other_plan.doc_ids)}")
     if plan.shards != other_plan.shards:
         found.append(f"documents per shard: {len(plan.shards[0])}, not {len(other_plan.shards[0])}")
-    found += _differing("", config, other_config)
-    return "; ".join(found) or "plan.json itself"
+    return "; ".join(filter(None, [*found, config_differences(config, other_config)])) or "plan.json itself"
+
+
+def config_differences(config: dict[str, Any], other_config: dict[str, Any]) -> str:
+    """What tells two settings apart, the first's value before the second's; empty where nothing does."""
+    return "; ".join(_differing("", config, other_config))
 
 
 def _differing(name: str, first: Any, second: Any) -> list[str]:

@@ -13,9 +13,9 @@ import numpy as np
 from storage_specs import shard_table, vocabulary_table
 from storage_specs.columns import Columns
 from storage_specs.document import CachedDocument
-from storage_specs.errors import MalformedObjectError
+from storage_specs.errors import ConfigError, MalformedObjectError
 from storage_specs.manifest import Manifest, read_manifest
-from storage_specs.objects import Objects, open_objects
+from storage_specs.objects import Objects, is_url, open_objects
 from storage_specs.shard_reading import WRITTEN_WRONGLY, ShardReader
 from storage_specs.shard_table import ShardTable
 
@@ -26,13 +26,25 @@ DECODED_SHARDS_KEPT = 4  # per open cache; a row costs 4 bytes per value and 8 p
 RECORDS_KEPT = 64  # of shards whose documents are read one by one
 
 
-def open_cache(path: str | os.PathLike[str], ids: bool = True) -> "Cache":
+def open_cache(
+    path: str | os.PathLike[str],
+    ids: bool = True,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache_bytes: int | None = None,
+) -> "Cache":
     """A finished cache, at a folder or URL. With `ids=False` the ids' objects are never opened and `token_ids` is None.
 
-    Reads and verifies manifest.json and shards.parquet; shards are read when they are asked for. Raises NotACacheError,
-    IncompleteCacheError, SpecVersionError, the kinds of CorruptCacheError, and ConfigError for URLs of no known store.
+    Reads and verifies manifest.json and shards.parquet; shards are read when they are asked for. What is read from a
+    URL is kept in the folder `cache_dir` (default: the environment's TEACH_ONCE_CACHE_DIR, else nothing is kept), at
+    most `cache_bytes` of it (default: TEACH_ONCE_CACHE_BYTES, else 32 GiB); the processes of a host share it. Raises
+    NotACacheError, IncompleteCacheError, SpecVersionError, the kinds of CorruptCacheError, StoreUnavailableError,
+    StoreAccessError, and ConfigError for URLs of no known store.
     """
-    objects = open_objects(path)
+    return _open(_objects_of(path, cache_dir, cache_bytes), ids)
+
+
+def _open(objects: Objects, ids: bool) -> "Cache":
     manifest = read_manifest(objects)
     table = shard_table.table_from_object(objects.fetch(manifest.shards))
     counts = {
@@ -48,6 +60,25 @@ def open_cache(path: str | os.PathLike[str], ids: bool = True) -> "Cache":
                 f"{WRITTEN_WRONGLY}"
             )
     return Cache(objects, manifest, table, ids)
+
+
+def _objects_of(
+    path: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None, cache_bytes: int | None
+) -> Objects:
+    """The objects at a place, behind a disk cache where the place is remote and a folder for it is named."""
+    objects = open_objects(path)
+    cache_dir = cache_dir or os.environ.get("TEACH_ONCE_CACHE_DIR")
+    if not cache_dir or not is_url(path):
+        return objects
+    from storage_specs.disk_cache import DEFAULT_BYTES, DiskCache
+
+    if cache_bytes is None:
+        text = os.environ.get("TEACH_ONCE_CACHE_BYTES", str(DEFAULT_BYTES))
+        try:
+            cache_bytes = int(text)
+        except ValueError:
+            raise ConfigError(f"TEACH_ONCE_CACHE_BYTES is {text!r}: expected a number of bytes") from None
+    return DiskCache(objects, cache_dir, cache_bytes)
 
 
 class Cache:
@@ -98,7 +129,7 @@ class Cache:
         return f"<Cache {self.path}: {len(self)} documents, {self.manifest.counts['rows']} rows, k {self.manifest.k}>"
 
     def __reduce__(self) -> tuple:
-        return open_cache, (self.path, self.with_ids)
+        return _open, (self._objects, self.with_ids)
 
     def shard(self, shard: int) -> list[CachedDocument]:
         """All documents of one shard."""

@@ -39,7 +39,9 @@ def unseal(data: bytes, field: str, place: str, remedy: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise MalformedObjectError(f"{place}: not the JSON that was written ({error}); {remedy}") from None
     version = value.get("spec_version")
-    if type(version) is not int or version != SPEC_VERSION:
+    if type(version) is not int:
+        raise MalformedObjectError(f"{place}: it has no spec_version; {remedy}")
+    if version != SPEC_VERSION:
         raise SpecVersionError(
             f"{place}: spec_version is {version!r}, and this teach-once reads version {SPEC_VERSION} only; "
             "install the teach-once that wrote the cache, or a newer one"

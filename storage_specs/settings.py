@@ -27,7 +27,8 @@ class CacheSettings:
     they are (names, revisions, digests, versions); the format keeps them as they are. k: sorted values per row.
     k_ids: ranks whose ids are kept, 0 to k. vocab_size: the teacher's. store: "zarr" or "arrow".
     profile, parameters: of the value codec (`codecs.codec_of`), its own defaults where none are given.
-    vocabulary: the teacher's words, needed exactly where k_ids > 0, with vocab_size entries.
+    vocabulary: the teacher's words, needed exactly where k_ids > 0, with vocab_size entries. generation: how the
+    teacher wrote completions (a JSON object), None where it scored texts that were there.
     """
 
     teacher: dict[str, Any]
@@ -42,6 +43,7 @@ class CacheSettings:
     parameters: dict[str, Any] = field(default_factory=dict)
     windows: dict[str, Any]
     vocabulary: "Vocabulary | None" = None
+    generation: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.vocab_size <= LARGEST_VOCABULARY:
@@ -89,6 +91,7 @@ class CacheSettings:
             "profile": self.profile,
             "parameters": self.row_shape.codec.parameters,
             "windows": self.windows,
+            "generation": self.generation,
             "vocabulary_digest": None if self.vocabulary is None else vocabulary_digest(self.vocabulary),
         }
         try:

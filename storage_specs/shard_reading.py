@@ -18,11 +18,11 @@ from storage_specs.errors import MalformedObjectError, TeachOnceError
 from storage_specs.manifest import Manifest
 from storage_specs.objects import Objects
 from storage_specs.shard_bytes import ObjectParts, ShardBytes, WholeObjects
-from storage_specs.shard_record import ShardRecord, read_record, record_name
+from storage_specs.shard_record import ShardRecord, read_record
 from storage_specs.shard_table import ShardTable
 from storage_specs.stored_object import StoredObject
 from storage_specs.stored_shard import Selection, ShardArrays, StoredShard
-from storage_specs.stores import shard_store, stem_of
+from storage_specs.stores import shard_store
 
 WRITTEN_WRONGLY = "the cache was written wrongly: rebuild it, and please report this"
 
@@ -46,7 +46,7 @@ class ShardReader:
 
     def stored_shard(self, shard: int, source: ShardBytes, selection: Selection) -> StoredShard:
         """Documents of a shard as they are stored, their arrays not looked into."""
-        size, stem = self.table.size_of(shard), stem_of(shard)
+        size, stem = self.table.size_of(shard), self.table.stem_of(shard)
         problem = size_problem(size, self.manifest.row_shape)
         if problem:
             raise MalformedObjectError(f"{shard_table.NAME}: shard {shard}: {problem}; {WRITTEN_WRONGLY}")
@@ -71,16 +71,22 @@ class ShardReader:
         source = ObjectParts(self.objects, self._wanted(shard), record.parts)
         return self._columns(shard, source, self.table.selection(document))
 
+    def text(self, shard: int, record: ShardRecord, document: int) -> str:
+        """The text of one document, by its number in the cache: nothing else of the shard is read."""
+        source = ObjectParts(self.objects, self.table.objects[shard][:-1], record.parts)
+        nothing, selection = ShardArrays(arrays=(), tables={}), self.table.selection(document)
+        with _decoding(self.table.stem_of(shard)):
+            store = shard_store(self.manifest.store)
+            found = store.decode(source, self.table.stem_of(shard), nothing, self.table.size_of(shard), selection)
+            return found.documents[0].text
+
     def record(self, shard: int) -> ShardRecord:
         """The shard's commit record, verified."""
-        (stored,) = [item for item in self.table.objects[shard] if item.name == record_name(shard)] or [None]
-        if stored is None:
-            raise MalformedObjectError(f"{shard_table.NAME}: shard {shard} has no commit record; {WRITTEN_WRONGLY}")
-        return read_record(self.objects, shard, stored)
+        return read_record(self.objects, shard, self.table.revision_of(shard), self.table.objects[shard][-1])
 
     def _columns(self, shard: int, source: ShardBytes, selection: Selection) -> Columns:
         stored = self.stored_shard(shard, source, selection)
-        with _decoding(stem_of(shard)):
+        with _decoding(self.table.stem_of(shard)):
             columns = row_coding.decode(stored, self.manifest.row_shape)
             problem = problem_of(columns, self.manifest.vocab_size)
             if problem:
@@ -89,12 +95,10 @@ class ShardReader:
 
     def _wanted(self, shard: int) -> list[StoredObject]:
         """The shard's objects without its record, and where ids are not wanted without those that hold only ids."""
-        store, stem = shard_store(self.manifest.store), stem_of(shard)
+        store, stem = shard_store(self.manifest.store), self.table.stem_of(shard)
         unwanted = frozenset() if self.with_ids else self._id_columns
         return [
-            stored
-            for stored in self.table.objects[shard]
-            if stored.name != record_name(shard) and not store.columns_of(stored.name, stem) & unwanted
+            stored for stored in self.table.objects[shard][:-1] if not store.columns_of(stored.name, stem) & unwanted
         ]
 
     @cached_property

@@ -9,13 +9,13 @@ from storage_specs import manifest as manifest_json
 from storage_specs import plan, vocabulary_table
 from storage_specs.document import is_held_out
 from storage_specs.errors import CorruptCacheError
-from storage_specs.finalization import codec_facts, counts_of
+from storage_specs.finalization import codec_facts, counts_of, generation_of
+from storage_specs.generated import generation_record
 from storage_specs.objects import Objects, open_objects
 from storage_specs.reader import Cache, open_cache
 from storage_specs.sealed_json import digest_of
 from storage_specs.shard_record import ShardRecord
 from storage_specs.stored_object import StoredObject
-from storage_specs.stores import stem_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +120,12 @@ class _Check:
             "its record lists other documents": list(record.doc_ids) == cache.doc_ids[members]
             and list(record.document_rows) == cache.rows_D[members].tolist()
             and list(record.document_text_bytes) == cache.text_bytes_D[members].tolist(),
+            "its record names other prompts": record.generation
+            == (None if cache.manifest.generation is None else generation_record(columns.documents)),
             "its record counts other end rows or unscored bytes": record.end_rows == columns.is_end.sum()
             and record.unscored_bytes == unscored_bytes,
         }
-        self.problems += [f"{stem_of(shard)}: {problem}" for problem, good in checks.items() if not good]
+        self.problems += [f"{cache.table.stem_of(shard)}: {problem}" for problem, good in checks.items() if not good]
         self.records.append(record)
 
     def whole(self, cache: Cache) -> None:
@@ -132,9 +134,12 @@ class _Check:
         planned, config = plan.plan_from_bytes(self.store.fetch(manifest.plan))
         checks = {
             "its counts are not those of the shards": manifest.counts == counts_of(self.records),
+            "its generation is not that of the plan and the shards": manifest.generation
+            == generation_of(config, self.records),
             "its L1 errors are not those of the shards": manifest.codec
             == codec_facts(manifest.row_shape, self.records),
-            "its documents are not those of the plan": list(planned.doc_ids) == cache.doc_ids
+            "its documents are not those of the plan": list(planned.doc_ids)
+            == [doc_id for record in self.records for doc_id in record.planned_ids]
             and [len(shard) for shard in planned.shards] == cache.documents_per_shard.tolist(),
             "its corpus is not the plan's": manifest.corpus["digest"] == planned.corpus_digest,
             "its settings are not the plan's": manifest.config_digest == digest_of(config),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from storage_specs.document import canonical_json
 from storage_specs.parquet import table_from_bytes, table_to_bytes
+from storage_specs.stores import revision_mark
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 
 NAME = "vocabulary.parquet"
 ROLES = ("bos", "eos", "end_of_turn", "other")
+
+
+def name_of(revision: int) -> str:
+    """The vocabulary's name where the n-th repair of a cache wrote it."""
+    return f"vocabulary{revision_mark(revision)}.parquet"
 
 
 def vocabulary_digest(vocabulary: "Vocabulary") -> str:

@@ -28,9 +28,14 @@ def make_engine(name: str, config: EngineConfig) -> Engine:
     return TransformersEngine(config)
 
 
-def _has_gpu() -> bool:
+def gpu_count() -> int:
+    """GPUs that torch sees; 0 without torch."""
     if find_spec("torch") is None:
-        return False
+        return 0
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _has_gpu() -> bool:
+    return gpu_count() > 0

@@ -422,7 +422,7 @@ def test_a_shard_of_another_cache_that_verifies_is_malformed(tmp_path: Path) -> 
     data = (tmp_path / "two" / name).read_bytes()
     (tmp_path / "one" / name).write_bytes(data)
     cache = open_cache(tmp_path / "one")
-    cache.table.__dict__["objects"] = ((StoredObject.of(name, data),),)
+    cache.table.__dict__["objects"] = ((StoredObject.of(name, data), cache.table.objects[0][-1]),)
     with pytest.raises(MalformedObjectError, match=r"shards/000000: .*expected"):
         cache.streamed(0)
 
