@@ -8,7 +8,8 @@ scripts/demo_assets.py).
 Writes rate_error.csv and rate_error.svg. Columns: bytes of the values of a row as the Zarr store and as the Arrow store
 pack them (whole objects of one array each, without zarr.json and footers); L1 error of storing a row: mean, 99th
 percentile, largest, proven bound; mean and largest absolute error of the full ULD, over the whole vocabulary, when only
-the stored values are known: sum |p - q| over the head and |tail - tail|, or for `sketch` over `expand_sorted`.
+the stored values are known: sum |p - q| over the head and |tail - tail|, or for `sketch` over `expand_sorted`; and the
+mean cosine between its gradient by the student's logits and the full one's.
 
 Others: raw numpy, float16 under blosc, lists of floats in Parquet as pyarrow writes them without being told anything,
 and pcodec, a good numerical codec that is not among Zarr's core ones.
@@ -25,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
+from full_uld import FullULD
 from numcodecs import Blosc
 from pcodec import ChunkConfig, standalone
 from rate_error_plot import draw
@@ -35,7 +37,7 @@ from storage_specs import arrow_store, zarr_chunks, zarr_store
 from storage_specs.codecs import Codec, RowValues, codec_of, encode_measured, l1_error
 from storage_specs.codecs.sketch import BINS, HEAD, STEP_BITS
 from storage_specs.document import text_document
-from storage_specs.sketch import expand_sorted, log_rank_edges
+from storage_specs.sketch import log_rank_edges
 from storage_specs.stored_shard import ShardArrays, StoredShard
 
 VOCABULARY = 262_144
@@ -44,17 +46,15 @@ STEPS = (11, 12, 13, 14, 15)
 # (k, bins, step_bits)
 SKETCHES = ((8, 20, 11), (16, 12, 11), (16, 16, 11), (24, 16, 11))
 SKETCHES += ((HEAD, BINS, STEP_BITS - 1), (HEAD, BINS, STEP_BITS), (HEAD, BINS, STEP_BITS + 1))
-ROWS_AT_ONCE = 32  # of the whole vocabulary
 FIELDS = ("what", "k", "bins", "step_bits", "zarr_bytes", "arrow_bytes", "l1_mean", "l1_p99", "l1_max", "l1_bound")
-FIELDS += ("uld_error_mean", "uld_error_max", "rows", "pair_rows", "machine", "versions")
+FIELDS += ("uld_error_mean", "uld_error_max", "uld_gradient_cosine", "rows", "pair_rows", "machine", "versions")
 
 
 class Measurement:
-    """Teacher rows, the pair's whole rows, and the lines of the table."""
+    """Teacher rows, the loss on the pair's whole rows, and the lines of the table."""
 
-    def __init__(self, rows: RealRows, sorted_MU: np.ndarray, sorted_MV: np.ndarray) -> None:
-        self.rows, self.sorted_MU, self.sorted_MV = rows, sorted_MU, sorted_MV
-        self.full_M = self._uld(lambda part: self.sorted_MU[part].astype(np.float64))
+    def __init__(self, rows: RealRows, loss: FullULD) -> None:
+        self.rows, self.loss = rows, loss
         self.lines: list[dict[str, object]] = []
 
     def profile(self, name: str, k: int, bins: int | None = None, step_bits: int | None = None) -> None:
@@ -65,19 +65,17 @@ class Measurement:
         arrays, l1_N = encode_measured(codec, self.rows.values(k, edges))
         pair_rows = self._pair_values(k, edges)
         decoded = codec.decode(codec.encode(pair_rows))
-        error_M = self._head_error(decoded) if edges is None else self._sketch_error(decoded, edges)
+        uld = self.loss.of_head(decoded) if edges is None else self.loss.of_sketch(decoded, edges)
         stored = {"zarr_bytes": self._zarr_bytes(codec, arrays), "arrow_bytes": self._arrow_bytes(codec, arrays)}
-        self._line(name, k, l1_N, error_M, bins=bins, step_bits=step_bits, l1_bound=codec.max_l1_error, **stored)
+        self._line(name, k, l1_N, uld, bins=bins, step_bits=step_bits, l1_bound=codec.max_l1_error, **stored)
 
     def unquantised_sketch(self, k: int, bins: int) -> None:
         """What the power laws alone cost."""
         edges = log_rank_edges(k, VOCABULARY, bins)
-        error_M = self._sketch_error(self._pair_values(k, edges), edges)
-        self._line("sketch, float32 values", k, np.zeros(1), error_M, bins=bins, zarr_bytes=4 * (k + bins))
+        uld = self.loss.of_sketch(self._pair_values(k, edges), edges)
+        self._line("sketch, float32 values", k, np.zeros(1), uld, bins=bins, zarr_bytes=4 * (k + bins))
 
-    def other(
-        self, name: str, k: int, size: Callable[[np.ndarray], int], decode: Callable | None = None, **more
-    ) -> None:
+    def other(self, name: str, k: int, size: Callable[[np.ndarray], int], decode: Callable | None = None) -> None:
         """What others write: `size` in bytes of (N, K) float32, `decode` to what they read back."""
         values, pair_rows = self.rows.values(k), self._pair_values(k)
 
@@ -88,49 +86,30 @@ class Measurement:
 
         column = "arrow_bytes" if name.startswith("Parquet") else "zarr_bytes"
         stored = {column: size(values.probs) / len(values.probs)}
-        self._line(name, k, l1_error(values, back(values)), self._head_error(back(pair_rows)), **stored)
+        self._line(name, k, l1_error(values, back(values)), self.loss.of_head(back(pair_rows)), **stored)
 
-    def _line(self, name: str, k: int, l1_N: np.ndarray, error_M: np.ndarray, **more: object) -> None:
+    def _line(self, name: str, k: int, l1_N: np.ndarray, uld: tuple[np.ndarray, np.ndarray], **more: object) -> None:
+        error_M, cosine_M = uld
         figures = {
             "l1_mean": l1_N.mean(),
             "l1_p99": np.quantile(l1_N, 0.99),
             "l1_max": l1_N.max(),
             "uld_error_mean": error_M.mean(),
             "uld_error_max": error_M.max(),
+            "uld_gradient_cosine": cosine_M.mean(),
         }
         numbers = figures | {key: value for key, value in more.items() if isinstance(value, float)}
         others = {key: value for key, value in more.items() if value is not None and key not in numbers}
         versions = f"zarr {zarr.__version__}, pyarrow {pa.__version__}, numpy {np.__version__}"
-        about = {"what": name, "k": k, "rows": len(self.rows.top), "pair_rows": len(self.full_M)}
+        about = {"what": name, "k": k, "rows": len(self.rows.top), "pair_rows": len(self.loss.full_M)}
         about |= {"machine": f"{platform.machine()}, Python {platform.python_version()}", "versions": versions}
         self.lines.append(about | others | {key: f"{value:.5g}" for key, value in numbers.items()})
         print({key: value for key, value in self.lines[-1].items() if key not in ("machine", "versions")}, flush=True)
 
     def _pair_values(self, k: int, rank_edges: np.ndarray | None = None) -> RowValues:
         edges = [k] if rank_edges is None else rank_edges.tolist()
-        masses = {edge: self.sorted_MU[:, edge:].sum(axis=1, dtype=np.float64) for edge in edges}
-        return RealRows(top=self.sorted_MU, masses=masses, document_rows=[]).values(k, rank_edges)
-
-    def _uld(self, whole: Callable[[slice], np.ndarray]) -> np.ndarray:
-        """(M,) float64: sum |p - q| over the whole vocabulary, the student's padded with zeros."""
-        found_M = np.empty(len(self.sorted_MU))
-        words = self.sorted_MV.shape[1]
-        for start in range(0, len(found_M), ROWS_AT_ONCE):
-            part = slice(start, start + ROWS_AT_ONCE)
-            whole_MU = whole(part)
-            beyond_M = whole_MU[:, words:].sum(axis=1)
-            found_M[part] = np.abs(whole_MU[:, :words] - self.sorted_MV[part]).sum(axis=1) + beyond_M
-        return found_M
-
-    def _sketch_error(self, rows: RowValues, rank_edges: np.ndarray) -> np.ndarray:
-        return np.abs(
-            self._uld(lambda part: expand_sorted(rows.probs[part], rows.tail_bins[part], rank_edges)) - self.full_M
-        )
-
-    def _head_error(self, rows: RowValues) -> np.ndarray:
-        q_MK = self.sorted_MV[:, : rows.probs.shape[1]].astype(np.float64)
-        uld_M = np.abs(rows.probs - q_MK).sum(axis=1) + np.abs(rows.tail_mass - (1 - q_MK.sum(axis=1)))
-        return np.abs(uld_M - self.full_M)
+        masses = {edge: self.loss.sorted_MU[:, edge:].sum(axis=1, dtype=np.float64) for edge in edges}
+        return RealRows(top=self.loss.sorted_MU, masses=masses, document_rows=[]).values(k, rank_edges)
 
     def _zarr_bytes(self, codec: Codec, arrays: dict[str, np.ndarray]) -> float:
         objects = {}
@@ -207,9 +186,9 @@ def main() -> None:
     options = parser.parse_args()
     pair = RealPair()
     edges = {int(edge) for k, bins, _ in SKETCHES for edge in log_rank_edges(k, VOCABULARY, bins)}
-    sorted_MU, sorted_MV = whole_rows(pair, options.passages, options.tokens)
-    measurement = Measurement(real_rows(pair, options.rows, edges), sorted_MU, sorted_MV)
-    print(f"full ULD of {len(measurement.full_M)} rows: {measurement.full_M.mean():.4f}", flush=True)
+    loss = FullULD(*whole_rows(pair, options.passages, options.tokens))
+    print(f"full ULD of {len(loss.full_M)} rows: {loss.full_M.mean():.4f}", flush=True)
+    measurement = Measurement(real_rows(pair, options.rows, edges), loss)
     for name in ("exact", "half"):
         for k in HEADS:
             measurement.profile(name, k)
