@@ -6,7 +6,7 @@ Of a line with figures for both stores, the Zarr store's bytes are drawn.
 import math
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, GAP = 470, 380, 64, 48, 52, 24
-COLOURS = {"exact": "#7d3c98", "half": "#d68910", "compact": "#1f618d", "sketch": "#1e8449", "others": "#7f8c8d"}
+COLOURS = {"half": "#d68910", "compact": "#1f618d", "sketch": "#1e8449", "others": "#7f8c8d"}
 BYTES = (8, 16, 32, 64, 128, 256)
 Line = dict[str, object]
 
@@ -49,11 +49,15 @@ def _panel(lines: list[Line], error: str, offset: float, title: str) -> str:
         parts.append(_text(x(size), HEIGHT - BOTTOM + 18, str(size), 'text-anchor="middle"'))
     parts.append(_text(offset + (LEFT + WIDTH) / 2, HEIGHT - 14, "bytes per row", 'text-anchor="middle"'))
     for name, colour in COLOURS.items():
-        for line in shown:
-            if _family(line) == name:
-                at_x, at_y = x(_bytes(line)), y(float(line[error]))
-                parts.append(f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="3.5" fill="{colour}"/>')
-                parts.append(_text(at_x + 6, at_y - 4, _label(line, error), f'fill="{colour}" font-size="9"'))
+        family = sorted((line for line in shown if _family(line) == name), key=_bytes)
+        for number, line in enumerate(family):
+            at_x, at_y = x(_bytes(line)), y(float(line[error]))
+            parts.append(f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="3.5" fill="{colour}"/>')
+            more = f'fill="{colour}" font-size="9"'
+            if name in ("sketch", "others") and number % 2:  # crowded: below left, above right, by turns
+                parts.append(_text(at_x - 6, at_y + 12, _label(line, error), more + ' text-anchor="end"'))
+            else:
+                parts.append(_text(at_x + 6, at_y - 4, _label(line, error), more))
     return "\n".join(parts)
 
 
