@@ -55,6 +55,7 @@ class PlannedCache:
             _check_root(self.objects)
             self._check_plan()
             self.objects.sweep()
+        self._was_finished = self.manifest is not None
 
     @property
     def manifest(self) -> Manifest | None:
@@ -146,7 +147,7 @@ class PlannedCache:
 
     def _written_meanwhile(self, shard: int) -> bool:
         """Whether a shard that was missing stands now, with a record of this build that verifies."""
-        if shard in self._records or not 0 <= shard < len(self.plan.shards):
+        if self._was_finished or shard in self._records or not 0 <= shard < len(self.plan.shards):
             return False
         return shard not in self.missing_shards([shard])
 
