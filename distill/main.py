@@ -3,6 +3,7 @@
     distill train --model_name_or_path HuggingFaceTB/SmolLM2-135M --cache my-cache --output_dir student
     distill align-report --cache my-cache --student HuggingFaceTB/SmolLM2-135M --html report.html
     distill evaluate --cache my-cache --model before=HuggingFaceTB/SmolLM2-135M --model after=student
+    distill bench reader my-cache
 
 Nothing heavy is imported before a command runs, so that --help answers at once.
 """
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distill.bench import bench
 from storage_specs.command_line import Parser, nearest, parse, run
 from storage_specs.errors import ConfigError
 
@@ -19,6 +21,7 @@ SUMMARY = {
     "train": "train a student on a cache; the same command resumes",
     "align-report": "what a student would learn from a cache, and where not, before anything is trained",
     "evaluate": "held-out bits per byte of students and of the teacher",
+    "bench": "how fast a cache is read on this machine",
 }
 RUN = ("model_name_or_path", "cache", "corpus", "cache_dir", "cache_bytes", "dtype")
 EXPECTED = ("cache_id", "teacher_name", "teacher_tokenizer_digest")
@@ -35,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     command, rest = arguments[0], arguments[1:]
     if command not in SUMMARY:
         raise ConfigError(f"distill: unknown command {command!r}{nearest(command, SUMMARY)}")
-    return {"train": _train, "align-report": _align_report, "evaluate": _evaluate}[command](rest)
+    return {"train": _train, "align-report": _align_report, "evaluate": _evaluate, "bench": bench}[command](rest)
 
 
 def entry() -> None:
@@ -95,6 +98,18 @@ def train_parser() -> Parser:
         metavar="D",
         help="weights in memory: float32 | bfloat16 | float16 | auto (float32; --bf16 = mixed precision)",
     )
+    add("--use_peft", action="store_true", help="train LoRA adapters and nothing else")
+    add("--lora_r", metavar="R", help="rank of the adapters (16)")
+    add("--lora_alpha", metavar="A", help="scale of the adapters, times 1 / lora_r (32)")
+    add("--lora_dropout", metavar="P", help="dropout in front of the adapters (0.05)")
+    add(
+        "--lora_target_modules",
+        nargs="+",
+        metavar="M",
+        help="modules with adapters, or all-linear (peft's for the model)",
+    )
+    add("--packing", action="store_true", help="several windows in one row of max_length tokens, kept apart")
+    add("--on_corrupt", metavar="DO", help="a shard that breaks: stop with a checkpoint | quarantine it (stop)")
     add("--max_steps", metavar="N", help="optimisation steps; without it --num_train_epochs (3) counts")
     add("--per_device_train_batch_size", metavar="N", help="documents per micro-batch and process (8)")
     add("--gradient_accumulation_steps", metavar="N", help="micro-batches per optimisation step (1)")

@@ -94,7 +94,7 @@ def _without_manifest(objects: Objects, supposed_plan: bytes | None) -> Diagnosi
     """The manifest follows from plan and records: what a build has left before its last step."""
     restorable = {}
     try:
-        planned, config = plan_from_bytes(objects.read(plan_json.NAME), plan_json.NAME)
+        planned, config = plan_from_bytes(objects.read_within(plan_json.NAME, plan_json.MAX_BYTES), plan_json.NAME)
         records = verified_records(objects, config, planned)
     except CorruptCacheError:
         planned, config = plan_from_bytes(supposed_plan) if supposed_plan else (Plan(doc_ids=(), shards=()), {})
@@ -128,7 +128,7 @@ def _with_manifest(objects: Objects, manifest: Manifest, supposed_plan: bytes | 
         if all(records):
             rebuilt[manifest.shards] = shard_table.table_to_object([record for record in records if record])
     else:
-        table, records = shard_table.table_from_object(table_data), []
+        table, records = shard_table.table_from_object(table_data, manifest.counts["documents"]), []
         for shard in range(len(table)):
             records.append(_record(objects, manifest, table, shard, rebuilt))
             progress(shard + 1, len(table))

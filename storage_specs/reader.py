@@ -46,12 +46,15 @@ def open_cache(
     CorruptCacheError, CorpusError (it lacks documents), StoreUnavailableError, StoreAccessError, and ConfigError for
     URLs of no known store.
     """
-    return _open(_objects_of(path, cache_dir, cache_bytes), ids, corpus)
+    return cache_of(_objects_of(path, cache_dir, cache_bytes), ids, corpus)
 
 
-def _open(objects: Objects, ids: bool, corpus: "str | os.PathLike[str] | Sequence[Document] | None" = None) -> "Cache":
+def cache_of(
+    objects: Objects, ids: bool = True, corpus: "str | os.PathLike[str] | Sequence[Document] | None" = None
+) -> "Cache":
+    """The finished cache of these objects: what `open_cache` returns, and raises."""
     manifest = read_manifest(objects)
-    table = shard_table.table_from_object(objects.fetch(manifest.shards))
+    table = shard_table.table_from_object(objects.fetch(manifest.shards), manifest.counts["documents"])
     counts = {
         "documents": len(table.rows),
         "rows": int(table.rows.sum()),
@@ -143,7 +146,7 @@ class Cache:
         return f"<Cache {self.path}: {len(self)} documents, {self.manifest.counts['rows']} rows, k {self.manifest.k}>"
 
     def __reduce__(self) -> tuple:
-        return _open, (self._objects, self.with_ids, self._corpus)
+        return cache_of, (self._objects, self.with_ids, self._corpus)
 
     def shard(self, shard: int) -> list[CachedDocument]:
         """All documents of one shard."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -208,10 +209,14 @@ class WithSketch(Cache):
     def __init__(self, cache: Cache) -> None:
         vars(self).update(vars(cache))
         self.manifest = replace(cache.manifest, rank_edges=list(self.RANK_EDGES))
+        self.reader = SimpleNamespace(columns=lambda shard: self._with_bins(cache.reader.columns(shard)))
 
-    def __getitem__(self, number: int) -> CachedDocument:
-        document = super().__getitem__(number)
-        return replace(document, tail_bins=document.tail_mass[:, None] * self.SHARES)
+    def _with_bins(self, plain: Any) -> SimpleNamespace:
+        def document(number: int) -> CachedDocument:
+            found = plain.document(number)
+            return replace(found, tail_bins=found.tail_mass[:, None] * self.SHARES)
+
+        return SimpleNamespace(document=document, documents=plain.documents)
 
 
 def tiny_student(path: Path, tokenizer: Any, seed: int = 0) -> Path:
