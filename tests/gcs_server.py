@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import threading
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -97,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, text.encode())
 
     def _read(self, data: bytes) -> None:
-        headers = {"ETag": '"x"', "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}
+        headers = {"ETag": '"x"', "Last-Modified": formatdate(usegmt=True)}  # all of it was written just now
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if not wanted:
             return self._answer(200, data, headers)

@@ -7,8 +7,12 @@ from small_caches import assert_stored, files_of, some_documents, some_settings,
 
 from storage_specs import open_cache, verify_cache
 from storage_specs.copying import copy_cache
+from storage_specs.diagnosis import diagnose
 from storage_specs.errors import ChecksumMismatchError, MissingObjectError, SizeMismatchError
-from storage_specs.objects import Objects
+from storage_specs.garbage import collect_garbage
+from storage_specs.merging import merge_caches
+from storage_specs.objects import Objects, open_objects
+from storage_specs.repairing import restore
 from storage_specs.stored_object import StoredObject
 
 CONTENTS = {"plan.json": b"{}", "shards/000000.json": b"record", "shards/000000.zarr/text/c/0": b"", "shards/1": b"x"}
@@ -27,6 +31,11 @@ def check_objects(objects: Objects) -> None:
         assert objects.fetch(StoredObject.of(name, data)) == data
     assert objects.fetch_all([StoredObject.of(name, data) for name, data in CONTENTS.items()]) == CONTENTS
     assert objects.size("none") is None
+    assert objects.age("none") is None
+    assert -5 < objects.age("plan.json") < 300
+    objects.link_all(objects, {"linked": StoredObject.of("shards/1", b"x")})
+    assert objects.read("linked") == b"x"
+    objects.delete("linked")
     assert objects.read_range("shards/000000.json", 1, 3) == b"eco"
     assert objects.read_range("shards/000000.json", 0, 0) == b""
     for offset, size in ((3, 4), (6, 1), (7, 1), (0, 2**60)):
@@ -70,3 +79,13 @@ def check_cache(place: str, folder: Path, store: str) -> None:
     assert copy_cache(place, folder / "pulled").manifest == manifest
     assert write_cache(folder / "local", documents, settings, documents_per_shard=2) == manifest
     assert files_of(folder / "pulled") == files_of(folder / "local")
+    objects = open_objects(place)
+    for name in ("shards/000001.json", "plan.json", "shards.parquet"):
+        objects.delete(name)
+        assert restore(diagnose(place)) == manifest
+    objects.write_all({"shards/000007.parquet": b"orphan"})
+    assert [name for name, _ in collect_garbage(place, grace=0).removable] == ["shards/000007.parquet"]
+    more = write_cache(folder / "more", some_documents(3, seed=1), settings, documents_per_shard=2)
+    merged = merge_caches([place, folder / "more"], f"{place}-merged")
+    assert merged.counts["rows"] == manifest.counts["rows"] + more.counts["rows"]
+    assert verify_cache(f"{place}-merged").ok
