@@ -136,10 +136,27 @@ def _rate(spread: Spread) -> dict[str, object]:
 
 
 FIELDS = (
-    "what,rows,bytes_per_row,value_bytes_per_row,mean_l1_of_values,rows_per_second,rows_per_second_p10,"
-    "rows_per_second_p90,checksums_gb_per_second,one_document_cold_ms,one_document_cold_ms_p90,one_document_warm_ms,"
-    "one_document_warm_ms_p90,peak_mib,machine,python,zarr,numcodecs,pyarrow,numpy"
-).split(",")
+    "what",
+    "rows",
+    "bytes_per_row",
+    "value_bytes_per_row",
+    "mean_l1_of_values",
+    "rows_per_second",
+    "rows_per_second_p10",
+    "rows_per_second_p90",
+    "checksums_gb_per_second",
+    "one_document_cold_ms",
+    "one_document_cold_ms_p90",
+    "one_document_warm_ms",
+    "one_document_warm_ms_p90",
+    "peak_mib",
+    "machine",
+    "python",
+    "zarr",
+    "numcodecs",
+    "pyarrow",
+    "numpy",
+)
 
 
 def main() -> None:
@@ -161,17 +178,15 @@ def main() -> None:
         row = {"rows": count, **row, **machine}
         row = {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in row.items()}
         found.append(row)
-        print(
-            f"{row['what']:75}{row['bytes_per_row']:8.1f} B/row {row['rows_per_second'] / 1e6:8.3f} M rows/s",
-            flush=True,
-        )
+        speed = row["rows_per_second"] / 1e6
+        print(f"{row['what']:75}{row['bytes_per_row']:8.1f} B/row {speed:8.3f} M rows/s", flush=True)
 
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         folder = Path(scratch)
         for store in ("zarr", "arrow"):
             write_cache(folder / store, store, documents, arguments.profile)
             for ids in (False, True):
-                what = f"ours, {store}, {arguments.profile}, everything{f' and ids of {K_IDS} ranks' if ids else ' but ids'}"
+                what = f"ours, {store}, {arguments.profile}, {f'ids of {K_IDS} ranks' if ids else 'ids unread'}"
                 figures = bench_reader(folder / store, ids=ids, repeats=REPEATS)
                 note(ours(folder / store, figures, what), figures.rows)
         baselines: list[Baseline] = [RawNumpy(), ParquetLists(with_ids=False), ParquetLists(), PackedIds()]
