@@ -1,115 +1,78 @@
-"""Real rows of Gemma-3-270M as documents, scored once and kept beside the models; and as many of them as are asked for.
+"""Whole sorted distributions of the real pair, cut down to what the codecs' measurements need.
 
-    python scripts/real_rows.py [--rows 9000]
-
-The first Wikipedia passages, each in one window of at most 512 tokens: k sorted probabilities with their ids, the mass
-outside, gold log-probabilities, byte places. About a minute on one core for 9,000 rows.
-
-Legend: T rows of one document, N rows of all, K ranks, V words.
+Legend: N rows, M rows at shared boundaries, K head values, J tail bins, U teacher words, V student words.
 """
 
-import argparse
-import os
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-import demo_assets
 import numpy as np
+import torch
+from real_pair import RealPair, passages
 
-from storage_specs.document import CachedDocument, text_document
+from storage_specs.codecs import RowValues
+from storage_specs.document import text_document
+from storage_specs.rendering import render
+from storage_specs.windows import cut_windows
 
-ROWS = 9000
-RANKS = 64
-TOKENS = 512
-_ARRAYS = ("byte_start", "byte_end", "is_end", "gold_logprob", "tail_mass", "probs", "token_ids")
-
-
-def real_documents(rows: int = ROWS) -> list[CachedDocument]:
-    """Documents with at least that many rows together, k = 64, ids of all 64 ranks; made on the first call."""
-    path = demo_assets.home() / "rows" / f"gemma-3-270m-{RANKS}-{rows}.npz"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{os.getpid()}.npz")
-        np.savez(temporary, **_joined(_scored(rows)))
-        temporary.rename(path)
-    return _cut(path)
+WIDEST = 256  # head values kept of every row
+WINDOW = 512
 
 
-def resampled(documents: list[CachedDocument], rows: int, seed: int = 0) -> list[CachedDocument]:
-    """The documents again and again, each round in another order, until they have that many rows."""
-    random, found, count = np.random.default_rng(seed), [], 0
-    while count < rows:
-        for number in random.permutation(len(documents)):
-            found.append(documents[number])
-            count += len(documents[number].segment)
-            if count >= rows:
-                break
-    return found
+@dataclass(frozen=True, kw_only=True)
+class RealRows:
+    """Rows of a teacher. top: (N, 256) float32. masses: {rank: (N,) float64 mass of the ranks beyond it}.
+
+    document_rows: rows of each document.
+    """
+
+    top: np.ndarray
+    masses: dict[int, np.ndarray]
+    document_rows: list[int]
+
+    def values(self, k: int, rank_edges: np.ndarray | None = None) -> RowValues:
+        """The rows as an engine hands them over."""
+        probs_NK = self.top[:, :k]
+        tail_N = np.clip(1 - probs_NK.sum(axis=1, dtype=np.float64), 0, 1).astype(np.float32)
+        if rank_edges is None:
+            return RowValues(probs=probs_NK.copy(), tail_mass=tail_N)
+        beyond_NJ1 = np.stack([self.masses[int(edge)] for edge in rank_edges], axis=1)
+        bins_NJ = np.maximum(-np.diff(beyond_NJ1, axis=1), 0)
+        bins_NJ *= tail_N[:, None] / np.maximum(bins_NJ.sum(axis=1, keepdims=True), 1e-30)  # float32 softmax: sums to 1
+        return RowValues(probs=probs_NK.copy(), tail_mass=tail_N, tail_bins=bins_NJ.astype(np.float32))
 
 
-def _scored(rows: int) -> list[CachedDocument]:
-    import torch
-    from real_pair import RealPair, passages, teacher_rows
+def real_rows(pair: RealPair, count: int, edges: set[int]) -> RealRows:
+    """The first `count` rows of Gemma-3-270M on Wikipedia; `edges`: ranks whose masses are wanted."""
+    tops, masses, lengths = [], {edge: [] for edge in edges}, []
+    for sorted_NU in _teacher(pair):
+        sorted_NU = sorted_NU[: count - sum(lengths)]
+        tops.append(sorted_NU[:, :WIDEST].copy())
+        lengths.append(len(sorted_NU))
+        for edge, parts in masses.items():
+            parts.append(sorted_NU[:, edge:].sum(axis=1, dtype=np.float64))
+        print(f"{sum(lengths)} rows", flush=True)
+        if sum(lengths) == count:
+            break
+    return RealRows(
+        top=np.concatenate(tops),
+        masses={edge: np.concatenate(parts) for edge, parts in masses.items()},
+        document_rows=lengths,
+    )
 
-    from storage_specs.rendering import render
-    from storage_specs.windows import cut_windows
 
-    pair = RealPair()
-    documents: list[CachedDocument] = []
-    for text in passages(100_000):
-        if sum(len(document.segment) for document in documents) >= rows:
-            return documents
-        window = cut_windows(render(pair.tokenizers["teacher"], text_document(text)), TOKENS, 1)[0]
-        # The text ends where its window does, so that every byte of it is scored.
-        document = text_document(text.encode()[: int(window.byte_end.max())].decode(errors="ignore"))
-        window = cut_windows(render(pair.tokenizers["teacher"], document), TOKENS, 1)[0]
+def _teacher(pair: RealPair) -> Iterator[np.ndarray]:
+    for text in passages(10_000):
+        window = cut_windows(render(pair.tokenizers["teacher"], text_document(text)), WINDOW, 1)[0]
         with torch.inference_mode():
-            ids = torch.from_numpy(window.ids)[None]
-            logits_TV = pair.models["teacher"](ids).logits[0][torch.from_numpy(window.logits_index)].double()
-        logprobs_TV = logits_TV - logits_TV.logsumexp(1, keepdim=True)
-        top_TK, ids_TK = logprobs_TV.topk(RANKS, dim=1)
-        probs_TK = top_TK.exp().numpy()
-        gold_T1 = logprobs_TV.gather(1, torch.from_numpy(window.target_ids)[:, None])
-        places = teacher_rows(document, window)
-        documents.append(
-            CachedDocument(
-                **{name: getattr(places, name) for name in ("kind", "text", "messages")},
-                **{name: getattr(places, name) for name in ("segment", "byte_start", "byte_end", "is_end")},
-                gold_logprob=gold_T1[:, 0].numpy().astype(np.float32),
-                tail_mass=np.maximum(1 - probs_TK.sum(1), 0).astype(np.float32),
-                probs=probs_TK.astype(np.float32),
-                token_ids=ids_TK.numpy(),
-            )
-        )
-    raise ValueError(f"the passages have fewer than {rows} rows")
+            logits_LU = pair.models["teacher"](torch.from_numpy(window.ids)[None]).logits[0]
+            yield logits_LU[window.logits_index].softmax(1).sort(dim=1, descending=True).values.numpy()
 
 
-def _joined(documents: list[CachedDocument]) -> dict[str, np.ndarray]:
-    arrays = {name: np.concatenate([getattr(document, name) for document in documents]) for name in _ARRAYS}
-    text = "\0".join(document.text for document in documents).encode()
-    rows_D = np.array([len(document.segment) for document in documents])
-    return arrays | {"document_rows": rows_D, "text": np.frombuffer(text, np.uint8)}
-
-
-def _cut(path: Path) -> list[CachedDocument]:
-    stored = np.load(path)
-    arrays = {name: stored[name] for name in _ARRAYS}
-    offsets = np.cumsum([0, *stored["document_rows"]])
-    documents = []
-    for number, text in enumerate(stored["text"].tobytes().decode().split("\0")):
-        rows = slice(offsets[number], offsets[number + 1])
-        document = text_document(text)
-        documents.append(
-            CachedDocument(
-                **vars(document),
-                segment=np.zeros(rows.stop - rows.start, np.int64),
-                **{name: values[rows] for name, values in arrays.items()},
-            )
-        )
-    return documents
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=ROWS)
-    made = real_documents(parser.parse_args().rows)
-    print(f"{len(made)} documents, {sum(len(document.segment) for document in made)} rows")
+def whole_rows(pair: RealPair, passage_count: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """(M, U) and (M, V) float32: both sides' whole sorted distributions at shared boundaries."""
+    sides = [[], []]
+    for logits in pair.compared(passages(passage_count), tokens):
+        for found, logits_N in zip(sides, logits, strict=True):
+            found.append(logits_N.softmax(1).sort(dim=1, descending=True).values.numpy())
+    return tuple(np.concatenate(found) for found in sides)

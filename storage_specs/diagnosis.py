@@ -162,8 +162,14 @@ def _record(
     reader, stored = reader_of(objects, manifest, table), table.objects[shard][-1]
     try:
         columns = reader.columns(shard)
-        doc_ids = tuple(document.doc_id for document in columns.documents)
         record = reader.record(shard) if _fetched(objects, stored) is not None else None
+        if manifest.text:
+            doc_ids = tuple(document.doc_id for document in columns.documents)
+        elif record is not None:
+            doc_ids = record.doc_ids
+        else:
+            every = shard_table.doc_ids_from_object(objects.fetch(manifest.documents), len(table.rows))
+            doc_ids = tuple(every[table.documents_of(shard)])
         if record is None:
             record = _rebuilt_record(reader, shard, doc_ids)
             if StoredObject.of(stored.name, record.to_bytes()) != stored:
@@ -217,7 +223,7 @@ def _rebuilt_plan(manifest: Manifest, records: list[ShardRecord | None], vocabul
     config = {
         "spec_version": SPEC_VERSION,
         **{name: getattr(manifest, name) for name in ("teacher", "tokenizer", "chat_template", "engine", "windows")},
-        **{name: getattr(manifest, name) for name in ("k", "k_ids", "vocab_size", "store")},
+        **{name: getattr(manifest, name) for name in ("k", "k_ids", "vocab_size", "store", "text")},
         "profile": manifest.codec["profile"],
         "parameters": manifest.codec["parameters"],
         "generation": generation and {key: item for key, item in generation.items() if key != "refused"},

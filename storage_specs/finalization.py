@@ -102,7 +102,7 @@ def manifest_bytes(
     data = manifest_json.manifest_to_bytes(
         {
             **{name: config[name] for name in ("teacher", "tokenizer", "chat_template", "engine", "windows")},
-            **{name: config[name] for name in ("k", "k_ids", "vocab_size", "store")},
+            **{name: config[name] for name in ("k", "k_ids", "vocab_size", "store", "text")},
             "corpus": {"digest": planned.corpus_digest, "documents": len(planned.doc_ids)},
             "codec": codec_facts(shape, records),
             "held_out": {

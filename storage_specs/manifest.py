@@ -34,7 +34,7 @@ class Manifest:
     ids): the objects plan.json, shards.parquet, documents.parquet, vocabulary.parquet. config_digest: of the builder's
     settings. replaces: cache_ids of the caches that repairs of this one replaced, the latest last; empty in one as it
     was built. generation: how the teacher wrote the completions, and how many were `refused`; None where it scored
-    given texts.
+    given texts. text: whether the documents' texts are kept.
     """
 
     spec_version: int
@@ -60,6 +60,7 @@ class Manifest:
     config_digest: str
     replaces: list[str]
     generation: dict[str, Any] | None
+    text: bool
 
     @cached_property
     def row_shape(self) -> RowShape:
@@ -168,6 +169,8 @@ def _problem_of(manifest: Manifest) -> str | None:
         return f"rank_edges end at {edges[-1]}, but vocab_size is {vocab_size}"
     if (manifest.vocabulary is None) != (manifest.k_ids == 0):
         return "a vocabulary belongs to a cache exactly where ids do"
+    if type(manifest.text) is not bool:
+        return f"text is {manifest.text!r:.50}, but must be true or false"
     ids = manifest.replaces
     if not isinstance(ids, list) or not all(isinstance(item, str) and CACHE_ID.fullmatch(item) for item in ids):
         return "replaces must be a list of cache_ids"

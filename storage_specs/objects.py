@@ -85,12 +85,15 @@ class Objects(ABC):
         Between folders of one file system they are hard links, of which only the sizes were looked at; else copies,
         verified. Raises CorruptCacheError's kinds (the source's), StorageFullError, OutputFolderError.
         """
-        for name, stored in names.items():
-            self.write_all({name: source.fetch(stored)})
+        contents = source.fetch_all(list(names.values()))
+        self.write_all({name: contents[stored.name] for name, stored in names.items()})
 
-    def check_size(self, stored: StoredObject) -> None:
-        """Raises MissingObjectError, SizeMismatchError; reads nothing."""
-        found = self.size(stored.name)
+    def check_size(self, stored: StoredObject, sizes: Mapping[str, int] | None = None) -> None:
+        """Raises MissingObjectError, SizeMismatchError; reads nothing.
+
+        sizes: what `list` said, where many objects are looked at.
+        """
+        found = self.size(stored.name) if sizes is None else sizes.get(stored.name)
         if found is None:
             raise MissingObjectError(
                 f"{stored.name}: expected {stored.size} bytes, found no object in {self.place}; {remedy_at(self.place)}"

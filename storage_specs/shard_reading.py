@@ -4,14 +4,14 @@ A shard is read whole (every object, against size and crc32c), or one document o
 against its crc32c in the shard's commit record).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from storage_specs import row_coding, shard_table
+from storage_specs import places, row_coding, shard_table
 from storage_specs.column_rules import problem_of, size_problem
 from storage_specs.columns import Columns
 from storage_specs.errors import MalformedObjectError, TeachOnceError
@@ -37,9 +37,10 @@ class ShardReader:
     table: ShardTable
     with_ids: bool
 
-    def columns(self, shard: int) -> Columns:
-        """All documents of a shard; every object was verified whole."""
-        return self._columns(shard, self.stored(shard), Selection.everything(self.table.size_of(shard)))
+    def columns(self, shard: int, contents: Mapping[str, bytes] | None = None) -> Columns:
+        """All documents of a shard; every object was verified whole. `contents`: its objects, if they were read."""
+        source = self.stored(shard) if contents is None else WholeObjects(contents)
+        return self._columns(shard, source, Selection.everything(self.table.size_of(shard)))
 
     def stored(self, shard: int) -> ShardBytes:
         """A shard's objects, verified whole."""
@@ -73,12 +74,12 @@ class ShardReader:
         return self._columns(shard, source, self.table.selection(document))
 
     def text(self, shard: int, record: ShardRecord, document: int) -> str:
-        """The text of one document, by its number in the cache: nothing else of the shard is read."""
+        """The text of one document, by its number in the cache; of the shard's arrays only one is read."""
         source = ObjectParts(self.objects, self.objects_of(shard)[:-1], record.parts)
-        nothing, selection = ShardArrays(arrays=(), tables={}), self.table.selection(document)
+        least, selection = ShardArrays(arrays=places.ARRAYS[-1:], tables={}), self.table.selection(document)
         with _decoding(self.table.stem_of(shard)):
             store = shard_store(self.manifest.store)
-            found = store.decode(source, self.table.stem_of(shard), nothing, self.table.size_of(shard), selection)
+            found = store.decode(source, self.table.stem_of(shard), least, self.table.size_of(shard), selection)
             return found.documents[0].text
 
     def record(self, shard: int) -> ShardRecord:
@@ -109,7 +110,7 @@ class ShardReader:
         stored = self.stored_shard(shard, source, selection)
         with _decoding(self.table.stem_of(shard)):
             columns = row_coding.decode(stored, self.manifest.row_shape)
-            problem = problem_of(columns, self.manifest.vocab_size)
+            problem = problem_of(columns, self.manifest.vocab_size, text=self.manifest.text)
             if problem:
                 raise ValueError(problem)
             return columns

@@ -114,8 +114,7 @@ def verified_record(
         record = read_record(objects, shard, revision)
         if record.config_digest != config_digest or doc_ids not in (None, record.planned_ids):
             return None
-        for stored in record.objects:
-            objects.fetch(stored)
+        objects.fetch_all(record.objects)
     except (CorruptCacheError, SpecVersionError):
         return None
     return record
