@@ -42,12 +42,10 @@ def test_messages_and_metadata_of_a_shard(tmp_path: Path, store: str, monkeypatc
 
 
 def test_commit_records_and_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with (
-        monkeypatch.context() as patched,
-        pytest.raises(InvalidDocumentError, match="too many for one commit record; use smaller shards"),
-    ):
+    with monkeypatch.context() as patched:
         patched.setattr(writer, "MAX_BYTES", 1000)
-        write_cache(tmp_path / "record", some_documents(3), some_settings())
+        with pytest.raises(InvalidDocumentError, match="too many for one commit record; use smaller shards"):
+            write_cache(tmp_path / "record", some_documents(3), some_settings())
     monkeypatch.setattr(plan, "MAX_BYTES", 1000)
     with pytest.raises(CorpusError, match=r"too many for one cache .* merge them"):
         write_cache(tmp_path / "plan", some_documents(3), some_settings())
