@@ -41,7 +41,7 @@ def copy_cache(
     """
     there, here = open_objects(source), open_objects(target)
     manifest = read_manifest(there)
-    table = shard_table.table_from_object(there.fetch(manifest.shards))
+    table = shard_table.table_from_object(there.fetch(manifest.shards), manifest.counts["documents"])
     everything = sum(stored.size for group in _groups(manifest, table) for stored in group)
     with lease(here):
         sizes = dict(here.list())

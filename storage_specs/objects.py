@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from storage_specs.errors import ConfigError, MissingObjectError, SizeMismatchError
+from storage_specs.errors import ConfigError, MalformedObjectError, MissingObjectError, SizeMismatchError
 from storage_specs.stored_object import StoredObject, remedy_at
 
 OBJECT_STORES = ("s3", "gs", "az")  # read and written, through obstore
@@ -112,6 +112,13 @@ class Objects(ABC):
         data = self.read(stored.name)
         stored.check(data, remedy_at(self.place))
         return data
+
+    def read_within(self, name: str, limit: int) -> bytes:
+        """The whole object, unverified, of at most `limit` bytes. Raises MissingObjectError, MalformedObjectError."""
+        size = self.size(name)
+        if size is not None and size > limit:
+            raise MalformedObjectError(f"{name}: {size} bytes, above the limit of {limit}")
+        return self.read(name)
 
     def fetch_all(self, wanted: Sequence[StoredObject]) -> dict[str, bytes]:
         """{name: bytes} of several objects, verified; object stores are asked for many at a time.

@@ -63,9 +63,9 @@ def verify_cache(
         cache = open_cache(path)
         shards = len(cache.documents_per_shard)
         for shard in range(shards):
-            contents = check.objects_of(cache.table.objects[shard])
-            if contents is not None:
-                with check.damage():
+            with check.damage():
+                contents = check.objects_of(cache.reader.objects_of(shard))
+                if contents is not None:
                     check.shard(cache, shard, contents)
             if progress is not None:
                 progress(shard + 1, shards)
@@ -116,7 +116,7 @@ class _Check:
         members = cache.table.documents_of(shard)
         scored = sum(m.byte_end - m.byte_start for document in columns.documents for m in document.messages if m.scored)
         unscored_bytes = scored - int((columns.byte_end - columns.byte_start).sum())
-        doc_ids = [document.doc_id for document in columns.documents]
+        doc_ids = [document.doc_id for document in columns.documents] if cache.manifest.text else list(record.doc_ids)
         checks = {
             "a document's content has another doc_id": doc_ids == list(record.doc_ids),
             "its record belongs to other settings": record.config_digest == cache.manifest.config_digest,
