@@ -24,7 +24,7 @@ from cache_builder.rows import Cutter
 from cache_builder.sampling import Sampling
 from cache_builder.shard_worker import Recipe, ShardWorker, make_prompt
 from cache_builder.teacher import Teacher, endpoint_teacher, find_teacher
-from storage_specs.codecs import PROFILES
+from storage_specs.codecs import PROFILES, sketch
 from storage_specs.document import KINDS, TOOL_ROLES, Document
 from storage_specs.errors import ConfigError
 from storage_specs.lease import lease
@@ -32,10 +32,11 @@ from storage_specs.manifest import Manifest
 from storage_specs.merging import Source
 from storage_specs.plan import Plan, make_plan
 from storage_specs.settings import DEFAULT_PROFILE, CacheSettings
+from storage_specs.sketch import log_rank_edges
 from storage_specs.token_alphabet import backend_of
 from storage_specs.vocabulary import Vocabulary, special_roles, token_bytes
 
-DEFAULT_K_IDS = 16
+DEFAULT_K, DEFAULT_K_IDS = 64, 16
 LONGEST_DEFAULT_WINDOW = 4096  # keeps the logits of a window in memory (4 GB of float32 at 262,144 words)
 STORES = ("zarr", "arrow")
 MODES = ("score", "generate")
@@ -48,7 +49,8 @@ LAUNCHERS = ("local", "ray")
 class BuildConfig:
     """Everything that a build is told; the flags of `cache-builder build` by the same names.
 
-    k_ids None: 16, or k where that is less. max_model_len None: the model's own, at most 4,096 tokens.
+    k None: 64, or 16 in the profile sketch, which keeps the rest as tail_bins masses (None: 20). k_ids None: 16, or k
+    where that is less. max_model_len None: the model's own, at most 4,096 tokens.
     window_overlap None: an eighth of max_model_len, in tokens. shard_range: first and last + 1, None for no end.
     extend: a cache whose shards the new one takes over; documents that it holds are not scored again.
     mode, temperature to max_tokens: see `Sampling`, which has the defaults; for mode generate only. base_url to
@@ -60,7 +62,7 @@ class BuildConfig:
     teacher: str
     corpus: str
     output: str | Path
-    k: int = 64
+    k: int | None = None
     k_ids: int | None = None
     engine: str = "auto"
     dtype: str = "auto"
@@ -73,6 +75,7 @@ class BuildConfig:
     window_overlap: int | None = None
     store: str = "zarr"
     profile: str = DEFAULT_PROFILE
+    tail_bins: int | None = None
     documents_per_shard: int = 256
     kind: str = "auto"
     split: str = "train"
@@ -100,6 +103,8 @@ class BuildConfig:
     engine_arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.k is None:
+            object.__setattr__(self, "k", sketch.HEAD if self.profile == sketch.SketchCodec.profile else DEFAULT_K)
         for name in (
             "k",
             "documents_per_shard",
@@ -107,6 +112,7 @@ class BuildConfig:
             "max_model_len",
             "window_overlap",
             "data_parallel_size",
+            "tail_bins",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -119,6 +125,8 @@ class BuildConfig:
             raise ConfigError(f"store is {self.store!r}, but must be {' or '.join(STORES)}")
         if self.profile not in PROFILES:
             raise ConfigError(f"profile is {self.profile!r}, but must be {' or '.join(PROFILES)}")
+        if self.tail_bins is not None and self.profile != sketch.SketchCodec.profile:
+            raise ConfigError(f"tail_bins are kept by the profile sketch only, and profile is {self.profile!r}")
         if self.shard_range and not 0 <= self.shard_range[0] < (self.shard_range[1] or math.inf):
             raise ConfigError(f"shard_range is {self.shard_range}, but must be A:B with 0 <= A < B")
         if self.mode not in MODES:
@@ -160,6 +168,12 @@ class BuildConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} is {value}, but must be above 0")
+
+    def rank_edges(self, vocab_size: int) -> tuple[int, ...] | None:
+        """The ranks between which the sorted tail's masses are kept; None but in the profile sketch. ConfigError."""
+        if self.profile != sketch.SketchCodec.profile:
+            return None
+        return tuple(log_rank_edges(self.k, vocab_size, self.tail_bins or sketch.BINS).tolist())
 
     def sampling(self, stop_token_ids: tuple[int, ...]) -> Sampling | None:
         """How completions are written; None in mode score. Raises ConfigError."""
@@ -354,6 +368,7 @@ def _engine_config(config: BuildConfig, teacher: Teacher) -> EngineConfig:
         max_model_len=longest,
         k=config.k,
         vocab_size=teacher.vocab_size,
+        rank_edges=config.rank_edges(teacher.vocab_size),
         arguments=arguments,
     )
 
@@ -406,6 +421,7 @@ def _settings(
         vocab_size=teacher.vocab_size,
         store=config.store,
         profile=config.profile,
+        parameters={} if engine.config.rank_edges is None else {"rank_edges": list(engine.config.rank_edges)},
         windows={
             "max_model_len": engine.config.max_model_len,
             "overlap": cutter.overlap if sampling is None else 0,

@@ -34,7 +34,7 @@ def parser(command: str = "build", *, without: Collection[str] = (), optional: C
         help=".jsonl, .json (.gz), .parquet, .txt, .md, a folder, or `datasets`",
     )
     add("--output", required=True, metavar="PLACE", help="the cache's folder, or s3://, gs://, az:// and where")
-    add("--k", type=int, metavar="N", help="sorted probabilities kept per row (64)")
+    add("--k", type=int, metavar="N", help="sorted probabilities kept per row (64; sketch: 16)")
     add("--k_ids", type=int, metavar="N", help="ranks whose token ids are kept too (16; 0 = none)")
     add(
         "--engine",
@@ -66,7 +66,8 @@ def parser(command: str = "build", *, without: Collection[str] = (), optional: C
     add("--max_documents", type=int, metavar="N", help="take the first N documents")
     add("--min_bytes", type=int, metavar="N", help="pass over documents of fewer UTF-8 bytes")
     add("--store", metavar="NAME", help="zarr | arrow (zarr)")
-    add("--profile", metavar="NAME", help="how values are stored: exact | half | compact (compact)")
+    add("--profile", metavar="NAME", help="how values are stored: exact | half | compact | sketch (compact)")
+    add("--tail_bins", type=int, metavar="N", help="profile sketch: masses kept of the tail's log-spaced ranks (20)")
     add("--documents_per_shard", type=int, metavar="N", help="documents per shard, the unit of resuming (256)")
     add("--shard_range", type=_shard_range, metavar="A:B", help="only shards A to B - 1 of the plan, for job arrays")
     add("--data_parallel_size", type=int, metavar="N", help="replicas of the teacher, one process and GPU each (1)")
