@@ -19,6 +19,30 @@ _NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSU
 
 
 @contextmanager
+def commit_turn(objects: Objects) -> Iterator[None]:
+    """Wait until nobody else of this host commits a shard of this cache, or finishes it.
+
+    Workers that share the lease may have the same shard; without turns the objects of two versions of it could end up
+    side by side, which no record proves. It is the folder `shards` that is locked, made where it is not there yet.
+    """
+    if isinstance(objects.root, str):
+        yield
+        return
+    with writing(objects.root):
+        (objects.root / "shards").mkdir(parents=True, exist_ok=True)
+        folder = os.open(objects.root / "shards", os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
+    finally:
+        os.close(folder)
+
+
+@contextmanager
 def lease(objects: Objects, *, shared: bool = False) -> Iterator[None]:
     """Hold a cache's folder, if there is one.
 

@@ -143,6 +143,7 @@ def write_cache(
     vocab_size: int = 300,
     documents_per_shard: int = 4,
     teacher_name: str = "tiny-teacher",
+    text: bool = True,
 ) -> Path:
     """A finished cache of these documents: coordinates of `teacher_tokenizer`, random rows over 300 words."""
     cached = [
@@ -161,6 +162,7 @@ def write_cache(
         vocabulary=vocabulary,
         documents_per_shard=documents_per_shard,
         teacher_name=teacher_name,
+        text=text,
     )
 
 
@@ -174,6 +176,7 @@ def write_rows(
     vocabulary: Vocabulary | None,
     documents_per_shard: int = 4,
     teacher_name: str = "tiny-teacher",
+    text: bool = True,
 ) -> Path:
     """A finished cache of these rows; ids are theirs."""
     first_ids = next((document.token_ids for document in cached), None)
@@ -187,6 +190,7 @@ def write_rows(
         vocab_size=vocab_size,
         windows={"max_model_len": 512, "overlap": 64},
         vocabulary=vocabulary,
+        text=text,
     )
     plan = make_plan(cached, documents_per_shard)
     writer = CacheWriter(path, settings, plan)
