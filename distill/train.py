@@ -85,7 +85,11 @@ def train(run: TrainingRun) -> dict[str, Any]:
         tokenizer.chat_template = config.chat_template
     decoder_start = decoder_start_of(load_config(run.model_name_or_path))
     collator = DistillationCollator(tokenizer, config, documents.cache, decoder_start)
-    comparison = compare(documents.sample(SAMPLE_DOCUMENTS), collator) if config.mixture.of_teacher else None
+    comparison = (
+        compare(documents.sample(SAMPLE_DOCUMENTS, config.on_corrupt == "quarantine"), collator)
+        if config.mixture.of_teacher
+        else None
+    )
     if comparison is not None:
         say(config, str(comparison))
     model = load_model(run.model_name_or_path, run.dtype)

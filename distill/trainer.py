@@ -277,7 +277,9 @@ class CachedDistillationTrainer(Trainer):
         if resume_from_checkpoint:
             check_checkpoint(Path(resume_from_checkpoint), self.run)
         if self.args.mixture.of_teacher and self.comparison is None:
-            self.comparison = compare(self.train_dataset.sample(SAMPLE_DOCUMENTS), self.data_collator)
+            self.comparison = compare(
+                self.train_dataset.sample(SAMPLE_DOCUMENTS, self.args.on_corrupt == "quarantine"), self.data_collator
+            )
         try:
             output = super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **options)
         finally:
