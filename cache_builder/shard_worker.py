@@ -54,7 +54,13 @@ class ShardWorker:
     def __init__(self, recipe: Recipe, engine: Engine | None = None, writer: CacheWriter | None = None) -> None:
         self.recipe = recipe
         self.engine = engine or make_engine(recipe.engine, recipe.engine_config)
-        self.writer = writer or recipe.writer()
+        if writer is not None:
+            self.writer = writer
+
+    @cached_property
+    def writer(self) -> CacheWriter:
+        """Opened when it is first asked for: who only wants `finished` shards writes them otherwise."""
+        return self.recipe.writer()
 
     def run(self, jobs: Iterable[Job], done: Callable[[int, Work], None], progress: Progress) -> None:
         """Score and write every job; `done(shard, work)` after each, in order, once its record stands.
