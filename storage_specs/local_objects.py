@@ -129,7 +129,7 @@ class LocalObjects(Objects):
             if age is None or size is None:  # renamed into place by now
                 continue
             ours = host == socket.gethostname()
-            if path.name not in _in_use and (not _alive(process) if ours else age > grace):
+            if path.name not in _in_use and (not process_is_alive(process) if ours else age > grace):
                 yield name, size
 
     def sweep(self, grace: float = math.inf) -> None:
@@ -221,7 +221,7 @@ def _owner(name: str) -> tuple[str, int]:
     return host, int(process) if process.isdecimal() else 0
 
 
-def _alive(process: int) -> bool:
+def process_is_alive(process: int) -> bool:
     """Whether another process of this host has that id. Our own id on a file not in use means an earlier process."""
     if process in (0, os.getpid()):
         return False
