@@ -163,6 +163,8 @@ def _problem_of(manifest: Manifest) -> str | None:
     for name, keys in (("corpus", {"digest", "documents"}), ("held_out", {"rule", "documents"}), ("codec", CODEC_KEYS)):
         if set(getattr(manifest, name)) != keys:
             return f"{name} must have {', '.join(sorted(keys))}"
+    if not type(manifest.corpus["documents"]) is type(manifest.held_out["documents"]) is int:
+        return "corpus and held_out must count their documents"
     errors = [manifest.codec[key] for key in CODEC_KEYS if key.endswith("_l1_error")]
     if not all(type(error) in (int, float) and error >= 0 for error in errors):
         return f"the L1 errors of codec are {errors!r:.200}"

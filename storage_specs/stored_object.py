@@ -13,6 +13,7 @@ def remedy_at(place: object) -> str:
 
 
 REMEDY = remedy_at("CACHE")
+MAX_NAME = 128  # characters, ASCII; file systems end at 255 bytes a part
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class StoredObject:
 
 def check_name(name: Any, place: str) -> None:
     """Raises MalformedObjectError unless `name` is a relative path that stays below the cache's root."""
-    parts = name.split("/") if isinstance(name, str) else [""]
+    parts = name.split("/") if isinstance(name, str) and len(name) <= MAX_NAME and name.isascii() else [""]
     if any(part in ("", ".", "..") for part in parts) or any(sign in name for sign in "\\:\0"):
         raise MalformedObjectError(f"{place}: refused object name {name!r:.200}: it must be a path inside the cache")
 

@@ -51,7 +51,7 @@ def read(cache: Path) -> None:
 
 @pytest.mark.parametrize("name", ["manifest.json", "plan.json", "shards/000000.json"])
 def test_no_value_of_another_type_escapes(tmp_path: Path, name: str) -> None:
-    write_cache(tmp_path, some_documents(2), some_settings("arrow", k_ids=0))
+    write_cache(tmp_path, some_documents(2, k_ids=0), some_settings("arrow", k_ids=0))
     value = json.loads((tmp_path / name).read_bytes())
     field = digest_field(name)
     del value[field], value["spec_version"]

@@ -76,10 +76,17 @@ def test_other_spelling_of_the_same_json_is_refused() -> None:
         plan_from_bytes(json.dumps(json.loads(data)).encode())
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None, True])
+@pytest.mark.parametrize("version", [2, 0])
 def test_other_versions_are_refused_before_anything_else(version: object) -> None:
     value = json.loads(plan_to_bytes(make_plan(some_documents(2), 1), some_settings().config))
     with pytest.raises(SpecVersionError, match="reads version 1 only"):
+        plan_from_bytes(canonical_json(value | {"spec_version": version}))
+
+
+@pytest.mark.parametrize("version", ["1", None, True])
+def test_versions_that_are_none_are_damage(version: object) -> None:
+    value = json.loads(plan_to_bytes(make_plan(some_documents(2), 1), some_settings().config))
+    with pytest.raises(MalformedObjectError, match="no spec_version"):
         plan_from_bytes(canonical_json(value | {"spec_version": version}))
 
 
