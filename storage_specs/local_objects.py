@@ -151,6 +151,9 @@ class LocalObjects(Objects):
         with writing(folder):
             if self.root.exists() and not self.root.is_dir():
                 raise OutputFolderError(f"{self.root} is a file, not a folder; choose another output folder")
+            inside = [step for step in (folder, *folder.parents) if step != self.root and self.root in step.parents]
+            if any(step.is_symlink() for step in inside):  # readers would refuse it, and it may lead anywhere
+                raise OutputFolderError(f"{folder} is or lies behind a symlink; choose another output folder")
             missing = [step for step in (folder, *folder.parents) if not step.exists()]
             folder.mkdir(parents=True, exist_ok=True)
         return {step.parent for step in missing}
