@@ -25,7 +25,15 @@ from storage_specs.errors import (
 )
 from storage_specs.local_objects import WRITING_FOLDER
 from storage_specs.objects import Objects
-from storage_specs.store_errors import beyond_the_end, misconfigured, no_bucket, refusal_of, said
+from storage_specs.store_errors import (
+    beyond_the_end,
+    lacks_s3_credentials,
+    misconfigured,
+    no_bucket,
+    no_credentials,
+    refusal_of,
+    said,
+)
 from storage_specs.stored_object import StoredObject, check_length, remedy_at
 
 Answer = TypeVar("Answer")
@@ -165,6 +173,8 @@ class RemoteObjects(Objects):
                 f"{self.place}: object stores are read and written by obstore, which is not installed: "
                 "pip install 'teach-once[cloud]'"
             ) from None
+        if self.root.startswith("s3:") and lacks_s3_credentials():
+            raise no_credentials("there is none to ask", self.root)
         try:
             return from_url(self.root, retry_config=RETRY)
         except (BaseError, ValueError) as error:

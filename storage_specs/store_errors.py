@@ -1,6 +1,8 @@
 """What an object store's refusals mean, and in how few words they can be said."""
 
+import os
 import re
+import socket
 
 from storage_specs.errors import StoreAccessError, StoreUnsupportedError, TeachOnceError
 
@@ -9,7 +11,18 @@ _XML = re.compile(r"<Message>(.*?)</Message>", re.DOTALL)
 _PASSING = (408, 409, 412, 425, 429)  # of the 4xx, those that are no refusal, or not for good
 _NO_BUCKET = ("NoSuchBucket", "bucket does not exist", "ContainerNotFound", "container does not exist")
 # Where the machine would give credentials to whom it knows; asked only if the environment has none.
+ROLE_ADDRESS = ("169.254.169.254", 80)
 _ROLE_ADDRESSES = ("169.254.169.254", "169.254.170.2", "metadata.google.internal", "metadata/identity")
+
+# What obstore takes instead of asking there.
+_S3_CREDENTIALS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SKIP_SIGNATURE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_METADATA_ENDPOINT",
+)
 
 
 def said(error: BaseException) -> str:
@@ -42,11 +55,7 @@ def refusal_of(error: BaseException, place: str) -> TeachOnceError | None:
             f"({said(error)}), so two builders could ruin each other's cache; use a store with conditional writes"
         )
     if any(address in text for address in _ROLE_ADDRESSES):
-        return StoreAccessError(
-            f"{place}: no credentials in the environment, and none from the machine's role ({said(error)}); set "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (s3), GOOGLE_SERVICE_ACCOUNT (gs) or "
-            "AZURE_STORAGE_ACCOUNT_KEY (az), or for public buckets AWS_SKIP_SIGNATURE=true and the like"
-        )
+        return no_credentials(said(error), place)
     if any(sign in text for sign in _NO_BUCKET) or (
         status and status[1] == "404" and not isinstance(error, FileNotFoundError)
     ):
@@ -61,6 +70,27 @@ def refusal_of(error: BaseException, place: str) -> TeachOnceError | None:
     ):
         return misconfigured(error, place)
     return None
+
+
+def no_credentials(why: str, place: str) -> StoreAccessError:
+    """Our error where neither the environment nor the machine says who asks."""
+    return StoreAccessError(
+        f"{place}: no credentials in the environment, and none from the machine's role ({why}); set AWS_ACCESS_KEY_ID "
+        "and AWS_SECRET_ACCESS_KEY (s3; `aws configure export-credentials --format env` prints those of a profile), "
+        "GOOGLE_SERVICE_ACCOUNT (gs) or AZURE_STORAGE_ACCOUNT_KEY (az), or for public buckets AWS_SKIP_SIGNATURE=true "
+        "and the like"
+    )
+
+
+def lacks_s3_credentials() -> bool:
+    """Whether the environment names none, and the machine has no role to ask: obstore would ask it for minutes."""
+    if any(os.environ.get(name) for name in _S3_CREDENTIALS):
+        return False
+    try:
+        socket.create_connection(ROLE_ADDRESS, timeout=1).close()
+    except OSError:
+        return True
+    return False
 
 
 def no_bucket(error: BaseException, place: str) -> StoreAccessError:

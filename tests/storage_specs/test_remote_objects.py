@@ -18,7 +18,7 @@ from gcs_server import GcsServer, credentials
 from object_stores import S3
 from objects_contract import check_cache, check_objects
 
-from storage_specs import remote_objects
+from storage_specs import remote_objects, store_errors
 from storage_specs.errors import (
     ChecksumMismatchError,
     ConfigError,
@@ -227,6 +227,9 @@ def test_refusals_are_one_line(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
         s3.proxy.heal()
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setattr(store_errors, "ROLE_ADDRESS", ("127.0.0.1", 9))
+    with pytest.raises(StoreAccessError, match=r"no credentials in the environment.*aws configure export-credentials"):
+        open_objects(s3.url)
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", f"{s3.proxy.url}/metadata/identity")
     s3.proxy.fail(404, path="metadata", times=ALWAYS)
     with pytest.raises(StoreAccessError, match=r"no credentials in the environment.*AWS_ACCESS_KEY_ID"):
