@@ -6,11 +6,11 @@ The plan is static and every shard is an idempotent job, so the same call resume
 import math
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cache_builder.corpus import read_corpus
 from cache_builder.dispatch import dispatch
 from cache_builder.engines import choose_engine, make_engine
 from cache_builder.engines.base import Engine, EngineConfig, check_window
@@ -22,8 +22,9 @@ from cache_builder.replicas import replicas
 from cache_builder.rows import Cutter
 from cache_builder.sampling import Sampling
 from cache_builder.shard_worker import Recipe, ShardWorker, make_prompt
-from cache_builder.teacher import Teacher, find_teacher
-from storage_specs.codecs import PROFILES
+from cache_builder.teacher import Teacher, endpoint_teacher, find_teacher
+from storage_specs.codecs import PROFILES, sketch
+from storage_specs.corpus import read_corpus
 from storage_specs.document import KINDS, TOOL_ROLES, Document
 from storage_specs.errors import ConfigError
 from storage_specs.lease import lease
@@ -31,13 +32,15 @@ from storage_specs.manifest import Manifest
 from storage_specs.merging import Source
 from storage_specs.plan import Plan, make_plan
 from storage_specs.settings import DEFAULT_PROFILE, CacheSettings
+from storage_specs.sketch import log_rank_edges
 from storage_specs.token_alphabet import backend_of
 from storage_specs.vocabulary import Vocabulary, special_roles, token_bytes
 
-DEFAULT_K_IDS = 16
+DEFAULT_K, DEFAULT_K_IDS = 64, 16
 LONGEST_DEFAULT_WINDOW = 4096  # keeps the logits of a window in memory (4 GB of float32 at 262,144 words)
 STORES = ("zarr", "arrow")
 MODES = ("score", "generate")
+ENDPOINT = ("base_url", "api_key_env", "max_concurrency", "timeout", "vocab_size")
 SAMPLING = ("temperature", "top_p", "top_k", "n", "stop", "seed", "max_tokens")
 LAUNCHERS = ("local", "ray")
 
@@ -46,16 +49,21 @@ LAUNCHERS = ("local", "ray")
 class BuildConfig:
     """Everything that a build is told; the flags of `cache-builder build` by the same names.
 
-    k_ids None: 16, or k where that is less. max_model_len None: the model's own, at most 4,096 tokens.
+    k None: 64, or 16 in the profile sketch, which keeps the rest as tail_bins masses (None: 20). k_ids None: 16, or k
+    where that is less. max_model_len None: the model's own, at most 4,096 tokens.
     window_overlap None: an eighth of max_model_len, in tokens. shard_range: first and last + 1, None for no end.
-    extend: a cache whose shards the new one takes over; documents that it holds are not scored again.
-    engine_arguments: passed through to vLLM.
+    extend: a cache whose shards the new one takes over; documents that it holds are not scored again. no_text: keep of
+    documents only ids and byte ranges; whoever reads the cache must have the corpus.
+    mode, temperature to max_tokens: see `Sampling`, which has the defaults; for mode generate only. base_url to
+    vocab_size: see `ServerEngine` and `endpoint_teacher`; for engine server only. launcher: where the
+    data_parallel_size replicas run, on this machine (local) or as actors of a Ray cluster (ray). engine_arguments:
+    passed through to vLLM.
     """
 
     teacher: str
     corpus: str
-    output: Path
-    k: int = 64
+    output: str | Path
+    k: int | None = None
     k_ids: int | None = None
     engine: str = "auto"
     dtype: str = "auto"
@@ -68,6 +76,7 @@ class BuildConfig:
     window_overlap: int | None = None
     store: str = "zarr"
     profile: str = DEFAULT_PROFILE
+    tail_bins: int | None = None
     documents_per_shard: int = 256
     kind: str = "auto"
     split: str = "train"
@@ -77,6 +86,7 @@ class BuildConfig:
     score_roles: tuple[str, ...] = ("assistant",)
     shard_range: tuple[int, int | None] | None = None
     extend: str | None = None
+    no_text: bool = False
     mode: str = "score"
     temperature: float | None = None
     top_p: float | None = None
@@ -85,11 +95,18 @@ class BuildConfig:
     stop: Sequence[str] | None = None
     seed: int | None = None
     max_tokens: int | None = None
+    base_url: str | None = None
+    api_key_env: str | None = None
+    max_concurrency: int | None = None
+    timeout: float | None = None
+    vocab_size: int | None = None
     launcher: str = "local"
     data_parallel_size: int = 1
     engine_arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.k is None:
+            object.__setattr__(self, "k", sketch.HEAD if self.profile == sketch.SketchCodec.profile else DEFAULT_K)
         for name in (
             "k",
             "documents_per_shard",
@@ -97,6 +114,7 @@ class BuildConfig:
             "max_model_len",
             "window_overlap",
             "data_parallel_size",
+            "tail_bins",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -109,6 +127,8 @@ class BuildConfig:
             raise ConfigError(f"store is {self.store!r}, but must be {' or '.join(STORES)}")
         if self.profile not in PROFILES:
             raise ConfigError(f"profile is {self.profile!r}, but must be {' or '.join(PROFILES)}")
+        if self.tail_bins is not None and self.profile != sketch.SketchCodec.profile:
+            raise ConfigError(f"tail_bins are kept by the profile sketch only, and profile is {self.profile!r}")
         if self.shard_range and not 0 <= self.shard_range[0] < (self.shard_range[1] or math.inf):
             raise ConfigError(f"shard_range is {self.shard_range}, but must be A:B with 0 <= A < B")
         if self.mode not in MODES:
@@ -120,6 +140,7 @@ class BuildConfig:
                     raise ConfigError(f"{name} is for texts that are scored; leave it out in mode generate")
         elif given := [name for name in SAMPLING if getattr(self, name) is not None]:
             raise ConfigError(f"{', '.join(given)}: for completions that the teacher writes; add --mode generate")
+        self._check_endpoint()
         if self.launcher not in LAUNCHERS:
             raise ConfigError(f"launcher is {self.launcher!r}, but must be {' or '.join(LAUNCHERS)}")
         if not all(self.score_roles) or not self.score_roles or set(self.score_roles) & set(TOOL_ROLES):
@@ -131,7 +152,30 @@ class BuildConfig:
     @property
     def ids_kept(self) -> int:
         """k_ids, resolved."""
+        if self.k_ids is None and self.engine == "server" and self.mode == "generate":
+            return 0
         return min(DEFAULT_K_IDS, self.k) if self.k_ids is None else self.k_ids
+
+    def _check_endpoint(self) -> None:
+        if self.engine != "server":
+            given = [name for name in ENDPOINT if getattr(self, name) is not None]
+            if given:
+                raise ConfigError(f"{', '.join(given)}: for teachers behind an endpoint; add --engine server")
+            return
+        if self.base_url is None:
+            raise ConfigError("engine server needs --base_url, such as http://localhost:8000/v1")
+        if self.engine_arguments:
+            raise ConfigError(f"{', '.join(self.engine_arguments)}: an argument of vLLM; give it to the server itself")
+        for name in ("max_concurrency", "timeout", "vocab_size"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} is {value}, but must be above 0")
+
+    def rank_edges(self, vocab_size: int) -> tuple[int, ...] | None:
+        """The ranks between which the sorted tail's masses are kept; None but in the profile sketch. ConfigError."""
+        if self.profile != sketch.SketchCodec.profile:
+            return None
+        return tuple(log_rank_edges(self.k, vocab_size, self.tail_bins or sketch.BINS).tolist())
 
     def sampling(self, stop_token_ids: tuple[int, ...]) -> Sampling | None:
         """How completions are written; None in mode score. Raises ConfigError."""
@@ -207,7 +251,7 @@ def build(config: BuildConfig) -> BuildReport:
     started = time.monotonic()
     prepared = prepare(config)
     writer = prepared.recipe.writer()
-    with lease(writer.objects, shared=config.shard_range is not None):
+    with lease(writer.objects, shared=config.shard_range is not None), closing(prepared.engine):
         shards = config.shards_of(prepared.plan)
         missing = writer.missing_shards(shards)
         if prepared.base is not None:
@@ -223,6 +267,7 @@ def build(config: BuildConfig) -> BuildReport:
                 progress.tokens(of_shard.tokens)
                 for document in prepared.members(shard):
                     progress.document_done(document)
+                progress.shard_scored()
                 done(shard, of_shard)
 
             jobs = ((shard, prepared.members(shard)) for shard in missing)
@@ -246,14 +291,7 @@ def build(config: BuildConfig) -> BuildReport:
 def prepare(config: BuildConfig) -> Preparation:
     """Read the corpus, find the teacher and make the plan. Nothing is written, no weights are loaded."""
     documents = _documents(config)
-    teacher = find_teacher(
-        config.teacher,
-        revision=config.revision,
-        dtype=config.dtype,
-        tokenizer=config.tokenizer,
-        chat_template_file=config.chat_template,
-        weightless=config.engine_arguments.get("load_format") == "dummy",
-    )
+    teacher = _teacher(config)
     name = choose_engine(config.engine)
     engine = make_engine(name, _engine_config(config, teacher))
     cutter = _cutter(config, teacher, engine.config)
@@ -298,17 +336,42 @@ def _documents(config: BuildConfig) -> list[Document]:
     )
 
 
+def _teacher(config: BuildConfig) -> Teacher:
+    if config.engine == "server":
+        return endpoint_teacher(
+            config.teacher,
+            revision=config.revision,
+            tokenizer=config.tokenizer,
+            chat_template_file=config.chat_template,
+            vocab_size=config.vocab_size,
+            needs_tokenizer=config.mode == "score" or config.ids_kept > 0,
+        )
+    return find_teacher(
+        config.teacher,
+        revision=config.revision,
+        dtype=config.dtype,
+        tokenizer=config.tokenizer,
+        chat_template_file=config.chat_template,
+        weightless=config.engine_arguments.get("load_format") == "dummy",
+    )
+
+
 def _engine_config(config: BuildConfig, teacher: Teacher) -> EngineConfig:
     longest = config.max_model_len or min(teacher.max_positions or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
     if teacher.max_positions and longest > teacher.max_positions:
         raise ConfigError(f"max_model_len is {longest}, but the teacher takes at most {teacher.max_positions} tokens")
+    arguments = config.engine_arguments
+    if config.engine == "server":
+        names = ("base_url", "api_key_env", "max_concurrency", "timeout")
+        arguments = {name: getattr(config, name) for name in names} | {"returns_ids": config.ids_kept > 0}
     return EngineConfig(
-        model=str(teacher.folder),
+        model=config.teacher if config.engine == "server" else str(teacher.folder),
         dtype=teacher.dtype,
         max_model_len=longest,
         k=config.k,
         vocab_size=teacher.vocab_size,
-        arguments=config.engine_arguments,
+        rank_edges=config.rank_edges(teacher.vocab_size),
+        arguments=arguments,
     )
 
 
@@ -360,6 +423,8 @@ def _settings(
         vocab_size=teacher.vocab_size,
         store=config.store,
         profile=config.profile,
+        text=not config.no_text,
+        parameters={} if engine.config.rank_edges is None else {"rank_edges": list(engine.config.rank_edges)},
         windows={
             "max_model_len": engine.config.max_model_len,
             "overlap": cutter.overlap if sampling is None else 0,

@@ -31,7 +31,7 @@ def completed(
         ids_G = generation.ids
     finish_reason, ended = generation.finish_reason, generation.ended
     body = len(ids_G) - ended
-    if finish_reason == "length":
+    if finish_reason != "stop":
         body = _whole_characters([words[token] or b"" for token in ids_G])
     try:
         spans_G2 = spans_of_ids(words, ids_G[:body])
@@ -67,6 +67,7 @@ def completed(
         tail_mass=scores.tail_mass[:rows],
         probs=scores.probs[:rows],
         token_ids=scores.token_ids[:rows, :k_ids] if k_ids else None,
+        tail_bins=None if scores.tail_bins is None else scores.tail_bins[:rows],
     )
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from cache_builder.builder import Preparation
 from cache_builder.engines.base import Engine
+from cache_builder.shard_worker import make_prompt
 from storage_specs.errors import ConfigError
 from storage_specs.windows import Window
 
@@ -29,7 +30,10 @@ READ_BYTES_PER_SECOND = 200e6  # what a student's storage gives; local disks and
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """documents, shards: of the plan. text_bytes: UTF-8. tokens: read by the teacher, prefixes and overlaps included.
-    rows: predictions kept. windows: model inputs."""
+
+    rows: predictions kept. windows: model inputs. generates: rows are written by the teacher, and are at most so many;
+    tokens counts them too.
+    """
 
     documents: int
     shards: int
@@ -37,14 +41,21 @@ class Workload:
     tokens: int
     rows: int
     windows: int
+    generates: bool
 
 
 def workload_of(prepared: Preparation) -> Workload:
     """Tokenises the whole corpus. Raises TokenizerError, ChatTemplateError, ConfigError."""
     tokens = rows = windows = size = 0
+    recipe = prepared.recipe
     for document in tqdm(prepared.documents, unit="doc", disable=None):
         size += len(document.text.encode())
-        for window in prepared.recipe.cutter.windows(document):
+        if recipe.sampling is not None:
+            prompt = make_prompt(recipe.cutter, document, recipe.sampling, 0, recipe.engine_config)
+            windows, rows = windows + 1, rows + prompt.max_tokens
+            tokens += len(prompt.ids) + prompt.max_tokens
+            continue
+        for window in recipe.cutter.windows(document):
             windows += 1
             tokens += len(window.ids)
             rows += len(window.target_ids)
@@ -55,6 +66,7 @@ def workload_of(prepared: Preparation) -> Workload:
         tokens=tokens,
         rows=rows,
         windows=windows,
+        generates=recipe.sampling is not None,
     )
 
 
@@ -87,9 +99,8 @@ def probe(engine: Engine, windows: Sequence[Window], seconds: float) -> float:
 def break_even(tokens: int, stored: float, tokens_per_second: float) -> float | None:
     """Student epochs, summed over all students, after which the cache has cost less than a live teacher; None: never.
 
-    A live teacher costs one forward pass over the tokens per epoch, `live`; the cache one scoring pass, `cache`, and per
-    epoch the reading of its bytes, `read`. epochs * live = cache + epochs * read, solved for epochs. Seconds cancel, as
-    do replicas: both sides have the same.
+    A live teacher costs one forward pass over the tokens per epoch, `live`; the cache one scoring pass, `cache`, and
+    per epoch the reading of its bytes, `read`. epochs * live = cache + epochs * read, solved for epochs.
     """
     cache = tokens / tokens_per_second
     live, read = cache * CAPTURE_RATIO, stored / READ_BYTES_PER_SECOND
@@ -100,10 +111,11 @@ def describe(
     work: Workload, *, profile: str, k: int, k_ids: int, replicas: int, gpus: int, speed: tuple[float, str] | None
 ) -> str:
     """The sheet as text. gpus: of one replica. speed: tokens per second of one replica and where that is from."""
+    bound, do = ("at most ", "read and write") if work.generates else ("", "read")
     lines = [
         f"documents   {work.documents:,} in {work.shards:,} shards, {work.text_bytes:,} bytes of text",
-        f"tokens      {work.tokens:,} to read, in {work.windows:,} windows",
-        f"rows        {work.rows:,} to keep",
+        f"tokens      {bound}{work.tokens:,} to {do}, in {work.windows:,} windows",
+        f"rows        {bound}{work.rows:,} to keep",
         f"storage     estimates, from bytes per row measured at k = {MEASURED_K}",
         f"  {'profile':<10}{f'ids of the first {k_ids}':>30}{'no ids':>30}",
     ]
@@ -126,7 +138,8 @@ def describe(
             f"break-even  {verdict} of all students together = cache / (live - read)",
             f"  cache = tokens / speed = {work.tokens / (rate * replicas):,.1f} s, one scoring pass",
             f"  live  = {CAPTURE_RATIO} * cache, one pass of a live teacher per epoch, which captures nothing",
-            f"  read  = bytes / {READ_BYTES_PER_SECOND / 1e6:.0f} MB/s = {stored / READ_BYTES_PER_SECOND:,.1f} s per epoch",
+            f"  read  = bytes / {READ_BYTES_PER_SECOND / 1e6:.0f} MB/s = "
+            f"{stored / READ_BYTES_PER_SECOND:,.1f} s per epoch",
         ]
     )
 

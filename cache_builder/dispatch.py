@@ -8,11 +8,11 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from cache_builder.pipeline import Job
 from cache_builder.progress import Work
-from cache_builder.shard_worker import Job
 from storage_specs.errors import EngineError
 
-JOBS_PER_WORKER = 2  # the one that it works on, and the next, so that it never waits for us
+JOBS_PER_WORKER = 3  # what it writes, what it scores, and the next: it never waits for us
 
 
 class Pool(Protocol):

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,7 @@ class Progress:
     def __init__(self, characters: int, shards_done: int, shards: int) -> None:
         self.characters, self.characters_done = characters, 0
         self.shards_done, self.shards = shards_done, shards
-        self.shard_tokens, self.shard_started = 0, time.monotonic()
+        self.shard_tokens, self.scored, self.last_done = 0, deque[int](), time.monotonic()
         self.bar = tqdm(unit="tok", unit_scale=True, disable=None if characters else True, smoothing=0.1)
 
     def __enter__(self) -> "Progress":
@@ -55,11 +56,17 @@ class Progress:
         if self.characters_done:
             self.bar.total = round(self.bar.n * self.characters / self.characters_done)
 
+    def shard_scored(self) -> None:
+        """Call when all of a shard's tokens are counted; it is written later."""
+        self.scored.append(self.shard_tokens)
+        self.shard_tokens = 0
+
     def shard_done(self) -> None:
-        """Call when a shard is written; its speed counts loading the teacher and writing, too."""
+        """Call when a shard is written, in order; speed is since the last one, and counts loading the teacher, too."""
         self.shards_done += 1
+        tokens, now = self.scored.popleft(), time.monotonic()
         if not sys.stderr.isatty():
-            speed = self.shard_tokens / max(1e-9, time.monotonic() - self.shard_started)
-            line = f"shard {self.shards_done} of {self.shards}: {self.shard_tokens:,} tokens, {speed:,.0f} tok/s"
+            speed = tokens / max(1e-9, now - self.last_done)
+            line = f"shard {self.shards_done} of {self.shards}: {tokens:,} tokens, {speed:,.0f} tok/s"
             print(line, file=sys.stderr, flush=True)
-        self.shard_tokens, self.shard_started = 0, time.monotonic()
+        self.last_done = now

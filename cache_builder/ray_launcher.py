@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cache_builder.pipeline import Job
 from cache_builder.progress import Progress, Work
-from cache_builder.shard_worker import Job, Recipe, ShardWorker
+from cache_builder.shard_worker import Recipe, ShardWorker
 from storage_specs.errors import EngineError, TeachOnceError
 
 

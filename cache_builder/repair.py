@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cache_builder.builder import SAMPLING, BuildConfig, Preparation, prepare
-from cache_builder.progress import Progress, Work
+from cache_builder.progress import Progress
 from cache_builder.shard_worker import Recipe, ShardWorker
 from storage_specs import manifest as manifest_json
 from storage_specs import vocabulary_table
@@ -81,7 +82,9 @@ def _diagnosis(
 def settings_of(config: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
     """Fields of `BuildConfig` by the settings of a cache, overridden by those that were given."""
     template, generation = config["chat_template"] or {}, config["generation"]
-    own = {name: config[name] for name in ("k", "k_ids", "store")}
+    own = {name: config[name] for name in ("k", "k_ids", "store", "profile")} | {"no_text": not config["text"]}
+    if "rank_edges" in config["parameters"]:
+        own["tail_bins"] = len(config["parameters"]["rank_edges"]) - 1
     own |= {
         "engine": config["engine"]["name"],
         "dtype": config["teacher"]["dtype"],
@@ -124,15 +127,22 @@ def _score_again(diagnosis: Diagnosis, prepared: Preparation) -> Manifest:
     objects, recipe = diagnosis.objects, prepared.recipe
     if diagnosis.manifest is None:  # a damaged one proves nothing: the cache is built to its end, like any other
         objects.delete(manifest_json.NAME)
-    worker, lost = ShardWorker(recipe, prepared.engine), diagnosis.lost_shards
-    work, records = Work(), list(diagnosis.records)
-    with Progress(prepared.characters(lost), len(records) - len(lost), len(records)) as progress:
-        for shard in lost:
+    worker, lost, records = ShardWorker(recipe, prepared.engine), diagnosis.lost_shards, list(diagnosis.records)
+    left = {} if diagnosis.manifest is None else {shard: _revised(diagnosis, recipe, shard) for shard in lost}
+    records = [left.get(shard) or record for shard, record in enumerate(records)]
+    jobs = [(shard, prepared.members(shard)) for shard in lost if left.get(shard) is None]
+    done = len(records) - len(jobs)
+    with closing(prepared.engine), Progress(prepared.characters(s for s, _ in jobs), done, len(records)) as progress:
+        for opened, documents in worker.finished(jobs, progress):
+            shard = opened.shard
             if diagnosis.manifest is None:
-                documents = worker.cached(shard, prepared.members(shard), work, progress)
                 worker.writer.write_shard(shard, documents)
             else:
-                records[shard] = _revised(diagnosis, prepared, worker, shard, work, progress)
+                planned = diagnosis.plan.doc_ids_of(shard)
+                record, contents = encoded_shard(shard, documents, recipe.settings, planned, diagnosis.replaces)
+                objects.write_all(contents)
+                objects.write_all({record.name: record.to_bytes()})
+                records[shard] = record
             progress.shard_done()
     if diagnosis.manifest is None:
         return worker.writer.finalize()
@@ -142,19 +152,11 @@ def _score_again(diagnosis: Diagnosis, prepared: Preparation) -> Manifest:
     return commit_revision(diagnosis, records)
 
 
-def _revised(
-    diagnosis: Diagnosis, prepared: Preparation, worker: ShardWorker, shard: int, work: Work, progress: Progress
-) -> ShardRecord:
-    """A shard under its new names, its record last; one that an interrupted repair left there is taken as it is."""
-    objects, planned = diagnosis.objects, diagnosis.plan.doc_ids_of(shard)
-    settings, replaces = prepared.recipe.settings, diagnosis.replaces
-    record = newest_record(objects, shard, settings.config_digest, planned, [len(replaces)])
-    if record is None or record.replaces != replaces:
-        documents = worker.cached(shard, prepared.members(shard), work, progress)
-        record, contents = encoded_shard(shard, documents, settings, planned, replaces)
-        objects.write_all(contents)
-        objects.write_all({record.name: record.to_bytes()})
-    return record
+def _revised(diagnosis: Diagnosis, recipe: Recipe, shard: int) -> ShardRecord | None:
+    """The record that an interrupted repair left of a shard under its new names, if there is one."""
+    planned, replaces = diagnosis.plan.doc_ids_of(shard), diagnosis.replaces
+    record = newest_record(diagnosis.objects, shard, recipe.settings.config_digest, planned, [len(replaces)])
+    return record if record is not None and record.replaces == replaces else None
 
 
 def _restore_vocabulary(diagnosis: Diagnosis, recipe: Recipe) -> bool:

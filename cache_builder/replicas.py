@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from cache_builder.pipeline import Job
 from cache_builder.progress import Progress, Work
-from cache_builder.shard_worker import Job, Recipe, ShardWorker
+from cache_builder.shard_worker import Recipe, ShardWorker
 from storage_specs.errors import ConfigError, EngineError, TeachOnceError
 
 PATIENCE = 15.0  # seconds for a replica to leave, its engine's own processes included, before it is killed
@@ -83,15 +84,28 @@ class ReplicaPool:
                 process.join()
 
 
+class _Jobs:
+    """What has come through the pipe. It ends where nothing has come yet, and may go on later."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe = pipe
+
+    def __iter__(self) -> "_Jobs":
+        return self
+
+    def __next__(self) -> Job:
+        if not self.pipe.poll():
+            raise StopIteration
+        return self.pipe.recv()
+
+
 def _replica(pipe: Connection, recipe: Recipe) -> None:
     """A replica's whole life. Errors travel as exceptions; a lost parent or Ctrl-C end it quietly."""
-
-    def jobs() -> Iterator[Job]:
-        while True:
-            yield pipe.recv()
-
     try:
-        ShardWorker(recipe).run(jobs(), lambda shard, work: pipe.send((shard, work)), Progress(0, 0, 0))
+        worker = ShardWorker(recipe)
+        while True:
+            pipe.poll(None)
+            worker.run(_Jobs(pipe), lambda shard, work: pipe.send((shard, work)), Progress(0, 0, 0))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
     except TeachOnceError as error:

@@ -1,6 +1,6 @@
 """Documents become windows, and the engine's scores of them become the document's rows.
 
-Legend: T rows of one document, R rows of one window, K top-k ranks, I ranks whose ids are kept.
+Legend: T rows of one document, R rows of one window, K top-k ranks, I ranks whose ids are kept, J tail bins.
 """
 
 from collections.abc import Sequence
@@ -42,9 +42,14 @@ class Cutter:
 
 
 def cached_document(
-    document: Document, windows: Sequence[Window], scores: Sequence[WindowScores], k: int, k_ids: int
+    document: Document,
+    windows: Sequence[Window],
+    scores: Sequence[WindowScores],
+    k: int,
+    k_ids: int,
+    bins: int | None = None,
 ) -> CachedDocument:
-    """The rows of all windows, in text order. `k_ids` 0 leaves the ids out."""
+    """The rows of all windows, in text order. `k_ids` 0 leaves the ids out; bins: J, or None for no tail bins."""
     probs_TK = _joined([score.probs for score in scores], (0, k), np.float32)
     token_ids_TI = _joined([score.token_ids[:, :k_ids] for score in scores], (0, k_ids), np.int64)
     return CachedDocument(
@@ -57,6 +62,7 @@ def cached_document(
         tail_mass=_joined([score.tail_mass for score in scores], (0,), np.float32),
         probs=probs_TK,
         token_ids=token_ids_TI if k_ids else None,
+        tail_bins=None if bins is None else _joined([score.tail_bins for score in scores], (0, bins), np.float32),
     )
 
 

@@ -44,6 +44,6 @@ class Sampling:
         return {**asdict(self), "stop": list(self.stop), "stop_token_ids": list(self.stop_token_ids)}
 
     def seed_of(self, prompt_id: str, sample: int) -> int:
-        """The seed of one sample, 0 to 2^63 - 1: the same in every build, whichever worker draws it and in what order."""
+        """The seed of one sample, 0 to 2^63 - 1: the same in every build, whichever worker draws it, in any order."""
         digest = hashlib.sha256(canonical_json([self.seed, prompt_id, sample])).digest()
         return int.from_bytes(digest[:8], "little") >> 1

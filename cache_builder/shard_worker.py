@@ -3,19 +3,22 @@
 A build in one process, its replicas and the actors of a Ray cluster all run this.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+
+import numpy as np
 
 from cache_builder.completions import completed
 from cache_builder.engines import make_engine
 from cache_builder.engines.base import Engine, EngineConfig
-from cache_builder.engines.generating import Prompt, make_generator
+from cache_builder.engines.generating import Generation, Generator, Prompt
+from cache_builder.pipeline import BackgroundWriter, Job, OpenShard, finished_shards, windows_of_shard
 from cache_builder.progress import Progress, Work
 from cache_builder.prompts import prompt_ids, prompt_text, turns_of
-from cache_builder.rows import Cutter, cached_document
+from cache_builder.rows import Cutter
 from cache_builder.sampling import Sampling
 from storage_specs.document import CachedDocument, Document
 from storage_specs.errors import ConfigError
@@ -23,8 +26,6 @@ from storage_specs.generated import generation_record
 from storage_specs.plan import Plan
 from storage_specs.vocabulary import token_bytes
 from storage_specs.writer import CacheSettings, CacheWriter
-
-Job = tuple[int, Sequence[Document]]  # a shard's number and its documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Recipe:
     sampling: in mode generate, where the plan's documents are prompts; None where they are scored as they are.
     """
 
-    output: Path
+    output: str | Path
     settings: CacheSettings
     plan: Plan
     engine: str
@@ -43,7 +44,7 @@ class Recipe:
     sampling: Sampling | None = None
 
     def writer(self) -> CacheWriter:
-        """Claims the folder, or finds the same plan there. Raises what `CacheWriter` raises."""
+        """Of the place, which is free or holds the same plan. Raises what `CacheWriter` raises."""
         return CacheWriter(self.output, self.settings, self.plan)
 
 
@@ -54,61 +55,60 @@ class ShardWorker:
         self.recipe = recipe
         self.engine = engine or make_engine(recipe.engine, recipe.engine_config)
         self.writer = writer or recipe.writer()
-        self.words: list[bytes | None] | None = None
 
     def run(self, jobs: Iterable[Job], done: Callable[[int, Work], None], progress: Progress) -> None:
-        """Score and write every job; `done(shard, work)` after each, once its record stands.
+        """Score and write every job; `done(shard, work)` after each, in order, once its record stands.
 
         Raises EngineError, TokenizerError, ChatTemplateError, StorageFullError, OutputFolderError.
         """
-        for shard, documents in jobs:
-            work = Work()
-            self.writer.write_shard(shard, self.cached(shard, documents, work, progress))
-            done(shard, work)
+        written: deque[tuple[int, Work]] = deque()
+        with BackgroundWriter(self.writer.write_shard, lambda: done(*written.popleft())) as writing:
+            for opened, cached in self.finished(jobs, progress):
+                written.append((opened.shard, opened.work))
+                writing.put(opened.shard, cached)
 
-    def cached(self, shard: int, documents: Sequence[Document], work: Work, progress: Progress) -> list[CachedDocument]:
-        """One shard's documents with their rows, scored as they are, or answered where they are prompts."""
-        do = self.score if self.recipe.sampling is None else self.generate
-        return do(shard, documents, work, progress)
+    def finished(self, jobs: Iterable[Job], progress: Progress) -> Iterator[tuple[OpenShard, list[CachedDocument]]]:
+        """Every job's documents with their rows, scored as they are, or answered where they are prompts; in order."""
+        if self.recipe.sampling is not None:
+            return finished_shards(jobs, self._prompts_of_shard, self.generator.generate, progress)
+        edges = self.engine.config.rank_edges
+        opening = partial(
+            windows_of_shard,
+            cutter=self.recipe.cutter,
+            k=self.engine.config.k,
+            k_ids=self.recipe.settings.k_ids,
+            bins=None if edges is None else len(edges) - 1,
+        )
+        return finished_shards(jobs, opening, self.engine.score, progress)
 
-    def score(self, shard: int, documents: Sequence[Document], work: Work, progress: Progress) -> list[CachedDocument]:
-        """One shard's documents with their rows. `work` and `progress` are told of every window."""
-        windows = [self.recipe.cutter.windows(document) for document in documents]
-        scores = iter(self.engine.score([window for cut in windows for window in cut]))
-        cached = []
-        for document, cut in zip(documents, windows, strict=True):
-            work.windows_cut += max(0, len(cut) - 1)
-            of_document = []
-            for window in cut:
-                of_document.append(next(scores))
-                work.tokens += len(window.ids)
-                progress.tokens(len(window.ids))
-            progress.document_done(document)
-            cached.append(cached_document(document, cut, of_document, self.engine.config.k, self.recipe.settings.k_ids))
-        return cached
-
-    def generate(
-        self, shard: int, documents: Sequence[Document], work: Work, progress: Progress
-    ) -> list[CachedDocument]:
-        """One shard's prompts with the teacher's completions and their rows."""
-        sampling, settings = self.recipe.sampling, self.recipe.settings
-        if self.words is None:
-            self.words = token_bytes(self.recipe.cutter.tokenizer)
-            self.words += [None] * (settings.vocab_size - len(self.words))
-        generator = make_generator(self.engine, sampling, self.words)
+    def _prompts_of_shard(self, job: Job) -> OpenShard:
+        shard, documents = job
         samples = [self.samples[number] for number in self.recipe.plan.shards[shard]]
         prompts = [self.prompt(document, sample) for document, sample in zip(documents, samples, strict=True)]
-        finished = []
-        for document, sample, prompt, generation in zip(
-            documents, samples, prompts, generator.generate(prompts), strict=True
-        ):
-            tokens = len(prompt.ids) + len(generation.scores.gold_logprob)
-            work.tokens += tokens
-            progress.tokens(tokens)
-            progress.document_done(document)
-            finished.append(completed(document, generation, self.words, sample, settings.k_ids))
-        work.refused += generation_record(finished)["refused"]
-        return finished
+
+        def finish(results: list[Generation], work: Work) -> list[CachedDocument]:
+            finished = [
+                completed(document, generation, self.words, sample, self.recipe.settings.k_ids)
+                for document, generation, sample in zip(documents, results, samples, strict=True)
+            ]
+            work.tokens += sum(len(generation.scores.gold_logprob) for generation in results)
+            work.refused = generation_record(finished)["refused"]
+            return finished
+
+        work = Work(tokens=sum(len(prompt.ids) for prompt in prompts))
+        return OpenShard(shard=shard, documents=documents, requests=prompts, finish=finish, work=work)
+
+    @cached_property
+    def words(self) -> list[bytes | None]:
+        """The bytes of every id of the teacher's logits."""
+        if self.recipe.cutter.tokenizer is None:  # behind an endpoint, which says itself what it wrote
+            return []
+        known = token_bytes(self.recipe.cutter.tokenizer)
+        return known + [None] * (self.recipe.settings.vocab_size - len(known))
+
+    @cached_property
+    def generator(self) -> Generator:
+        return self.engine.generator(self.recipe.sampling, self.words)
 
     def prompt(self, document: Document, sample: int) -> Prompt:
         """What an engine is asked for. Raises ConfigError where nothing can follow so long a prompt."""
@@ -127,17 +127,17 @@ class ShardWorker:
 
 def make_prompt(cutter: Cutter, document: Document, sampling: Sampling, sample: int, config: EngineConfig) -> Prompt:
     """A prompt document as a request. Raises ConfigError where it leaves no room, TokenizerError, ChatTemplateError."""
-    text = prompt_text(cutter.tokenizer, document, cutter.chat_template, cutter.chat_template_kwargs)
     chat = document.kind == "chat"
+    text = ""
+    if not chat or cutter.tokenizer is not None:
+        text = prompt_text(cutter.tokenizer, document, cutter.chat_template, cutter.chat_template_kwargs)
+    turns = turns_of(document) if chat else None
+    seed = sampling.seed_of(document.doc_id, sample)
+    if cutter.tokenizer is None:  # an endpoint tokenises
+        return Prompt(ids=np.zeros(0, np.int64), text=text, turns=turns, seed=seed, max_tokens=sampling.max_tokens)
     ids = prompt_ids(cutter.tokenizer, text, chat=chat, bos_token=cutter.bos_token)
     room = config.max_model_len - len(ids)
     if room < 1 or not len(ids):
         problem = f"leaves no room in {config.max_model_len} tokens: raise --max_model_len" if len(ids) else "is empty"
         raise ConfigError(f"prompt {document.doc_id[:12]} of {len(ids)} tokens {problem}, or leave it out")
-    return Prompt(
-        ids=ids,
-        text=text,
-        turns=turns_of(document) if chat else None,
-        seed=sampling.seed_of(document.doc_id, sample),
-        max_tokens=min(sampling.max_tokens, room),
-    )
+    return Prompt(ids=ids, text=text, turns=turns, seed=seed, max_tokens=min(sampling.max_tokens, room))

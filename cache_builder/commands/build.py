@@ -34,9 +34,13 @@ def parser(command: str = "build", *, without: Collection[str] = (), optional: C
         help=".jsonl, .json (.gz), .parquet, .txt, .md, a folder, or `datasets`",
     )
     add("--output", required=True, metavar="PLACE", help="the cache's folder, or s3://, gs://, az:// and where")
-    add("--k", type=int, metavar="N", help="sorted probabilities kept per row (64)")
+    add("--k", type=int, metavar="N", help="sorted probabilities kept per row (64; sketch: 16)")
     add("--k_ids", type=int, metavar="N", help="ranks whose token ids are kept too (16; 0 = none)")
-    add("--engine", metavar="NAME", help="transformers | vllm | auto = vllm where it and a GPU are there (auto)")
+    add(
+        "--engine",
+        metavar="NAME",
+        help="transformers | vllm | server | auto = vllm if it and a GPU are there (auto)",
+    )
     add("--dtype", metavar="D", help="float32 | bfloat16 | float16 | auto = the model's own (auto)")
     add("--max_model_len", type=int, metavar="N", help="tokens of context per window (the model's own, at most 4096)")
     add("--window_overlap", type=int, metavar="N", help="tokens that a later window repeats (max_model_len / 8)")
@@ -62,11 +66,18 @@ def parser(command: str = "build", *, without: Collection[str] = (), optional: C
     add("--max_documents", type=int, metavar="N", help="take the first N documents")
     add("--min_bytes", type=int, metavar="N", help="pass over documents of fewer UTF-8 bytes")
     add("--store", metavar="NAME", help="zarr | arrow (zarr)")
-    add("--profile", metavar="NAME", help="how values are stored: exact | half | compact (compact)")
+    add("--profile", metavar="NAME", help="how values are stored: exact | half | compact | sketch (compact)")
+    add("--tail_bins", type=int, metavar="N", help="profile sketch: masses kept of the tail's log-spaced ranks (20)")
     add("--documents_per_shard", type=int, metavar="N", help="documents per shard, the unit of resuming (256)")
     add("--shard_range", type=_shard_range, metavar="A:B", help="only shards A to B - 1 of the plan, for job arrays")
     add("--data_parallel_size", type=int, metavar="N", help="replicas of the teacher, one process and GPU each (1)")
+    add("--no_text", action="store_true", help="keep no texts, only their digests; students then need the corpus")
     add("--extend", metavar="CACHE", help="a finished cache to take over; only documents that it lacks are scored")
+    add("--base_url", metavar="URL", help="engine server: an OpenAI-compatible endpoint, up to and with /v1")
+    add("--api_key_env", metavar="NAME", help="engine server: the environment variable of its key (OPENAI_API_KEY)")
+    add("--max_concurrency", type=int, metavar="N", help="engine server: requests under way at a time (16)")
+    add("--timeout", type=float, metavar="SECONDS", help="engine server: patience for one answer (600)")
+    add("--vocab_size", type=int, metavar="N", help="engine server: the teacher's words, where no --tokenizer is named")
     add("--launcher", metavar="NAME", help="local | ray = actors of a Ray cluster, data_parallel_size of them (local)")
     add(
         "--mode",

@@ -1,16 +1,20 @@
 """What the builder asks of an engine, and the one order in which every engine's rows are stored.
 
-Legend: R rows of one window, K top-k ranks, L tokens of one window.
+Legend: R rows of one window, K top-k ranks, J tail bins, L tokens of one window.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from storage_specs.errors import ConfigError, EngineError
 from storage_specs.windows import Window
+
+if TYPE_CHECKING:
+    from cache_builder.engines.generating import Generator
+    from cache_builder.sampling import Sampling
 
 MASS_TOLERANCE = 1e-3  # a top-k that sums to more than 1 by this much is no rounding
 
@@ -20,7 +24,8 @@ class EngineConfig:
     """What every engine needs to know.
 
     model: a local Hugging Face folder. dtype: float32 | bfloat16 | float16. max_model_len: tokens; a window has at most
-    `capacity` = max_model_len - 1, because vLLM needs room for one more. vocab_size: width of the logits.
+    `capacity` = max_model_len - 1, because vLLM needs room for one more. vocab_size: width of the logits. rank_edges:
+    (J + 1,) ascending ranks from k to vocab_size between which the tail's mass is wanted, or None for no tail bins.
     arguments: further arguments of the engine's own, by its names (vLLM's EngineArgs).
     """
 
@@ -29,6 +34,7 @@ class EngineConfig:
     max_model_len: int
     k: int
     vocab_size: int
+    rank_edges: tuple[int, ...] | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -36,6 +42,11 @@ class EngineConfig:
             raise ConfigError(f"k is {self.k}, but must be from 1 to the teacher's vocabulary size, {self.vocab_size}")
         if self.max_model_len < 2:
             raise ConfigError(f"max_model_len is {self.max_model_len}, but must be at least 2")
+        edges = self.rank_edges
+        if edges is not None and (
+            len(edges) < 2 or (edges[0], edges[-1]) != (self.k, self.vocab_size) or sorted(set(edges)) != list(edges)
+        ):
+            raise ConfigError(f"rank_edges are {edges}, but must ascend from k, {self.k}, to {self.vocab_size}")
 
     @property
     def capacity(self) -> int:
@@ -47,45 +58,77 @@ class WindowScores:
     """The teacher's rows of one window.
 
     gold_logprob (R,) float32, nats, of the token that followed. probs (R, K) float32, descending, equal ones by
-    ascending id. token_ids (R, K) int64. tail_mass (R,) float32 = 1 - sum of probs, in float64, not below 0.
+    ascending id. token_ids (R, K) int64. tail_mass (R,) float32 = 1 - sum of probs, in float64, not below 0. tail_bins
+    (R, J) float32: masses of the sorted tail between consecutive `rank_edges`, together the tail mass, or None.
     """
 
     gold_logprob: np.ndarray
     probs: np.ndarray
     token_ids: np.ndarray
     tail_mass: np.ndarray
+    tail_bins: np.ndarray | None = None
 
 
 class Engine(Protocol):
-    """Scores windows. `describe()` works before the weights are loaded; `score` loads them."""
+    """Scores windows. `describe()` works before the weights are loaded; `score` loads them, `close` lets them go."""
 
     config: EngineConfig
 
     def describe(self) -> dict[str, Any]:
         """What the manifest says of the engine: name, version, dtype, attention backend, and what alters its values."""
 
-    def score(self, windows: Sequence[Window]) -> Iterator[WindowScores]:
-        """One WindowScores per window, in order. Uses `ids`, `logits_index` and `target_ids` only. EngineError."""
+    def score(self, windows: Iterable[Window]) -> Iterator[WindowScores]:
+        """One WindowScores per window, in order. Uses `ids`, `logits_index` and `target_ids` only; may take windows
+        ahead of what it has given. EngineError."""
+
+    def generator(self, sampling: "Sampling", words: list[bytes | None]) -> "Generator":
+        """Writes completions with this engine. words: the bytes of every id, in which stop strings are looked for."""
+
+    def close(self) -> None:
+        """Give back processes and memory; the next `score` loads again."""
 
 
-def window_scores(gold_R: np.ndarray, logprobs_RK: np.ndarray, token_ids_RK: np.ndarray) -> WindowScores:
+def window_scores(
+    gold_R: np.ndarray, logprobs_RK: np.ndarray, token_ids_RK: np.ndarray, tail_bins_RJ: np.ndarray | None = None
+) -> WindowScores:
     """Rows in storage order: by descending log-probability, then ascending id. EngineError for impossible rows."""
+    order_RK = np.lexsort((token_ids_RK, -logprobs_RK), axis=-1)
+    return ordered_scores(
+        gold_R,
+        np.take_along_axis(logprobs_RK, order_RK, axis=-1),
+        np.take_along_axis(token_ids_RK, order_RK, axis=-1),
+        tail_bins_RJ,
+    )
+
+
+def ordered_scores(
+    gold_R: np.ndarray, logprobs_RK: np.ndarray, token_ids_RK: np.ndarray, tail_bins_RJ: np.ndarray | None = None
+) -> WindowScores:
+    """Rows that are in storage order already. EngineError for impossible rows."""
     if not (np.isfinite(gold_R).all() and np.isfinite(logprobs_RK).all()):
         raise EngineError(
             "the teacher returned log-probabilities that are not finite; its weights may be damaged, or its dtype too "
             "narrow: try --dtype float32"
         )
-    order_RK = np.lexsort((token_ids_RK, -logprobs_RK), axis=-1)
-    probs_RK = np.exp(np.take_along_axis(logprobs_RK, order_RK, axis=-1).astype(np.float32))
+    probs_RK = np.exp(logprobs_RK.astype(np.float32, copy=False))
     mass_R = probs_RK.sum(axis=-1, dtype=np.float64)
     if (mass_R > 1 + MASS_TOLERANCE).any():
         raise EngineError(f"the teacher's top probabilities sum to {mass_R.max():.6f}, more than 1: not a distribution")
+    tail_R = np.clip(1 - mass_R, 0, 1)
     return WindowScores(
         gold_logprob=np.minimum(gold_R, 0).astype(np.float32),
         probs=probs_RK,
-        token_ids=np.take_along_axis(token_ids_RK, order_RK, axis=-1).astype(np.int64),
-        tail_mass=np.clip(1 - mass_R, 0, 1).astype(np.float32),
+        token_ids=token_ids_RK.astype(np.int64),
+        tail_mass=tail_R.astype(np.float32),
+        tail_bins=None if tail_bins_RJ is None else _scaled(tail_bins_RJ, tail_R),
     )
+
+
+def _scaled(tail_bins_RJ: np.ndarray, tail_R: np.ndarray) -> np.ndarray:
+    """Bins that add up to the tail: both were rounded, each in its own way. A tail without a bin goes to the first."""
+    bins_RJ = np.maximum(tail_bins_RJ, 0, dtype=np.float64)
+    bins_RJ[bins_RJ.sum(axis=1) == 0, 0] = 1
+    return (bins_RJ * (tail_R / bins_RJ.sum(axis=1))[:, None]).astype(np.float32)
 
 
 def check_window(window: Window, config: EngineConfig) -> None:

@@ -9,9 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cache_builder.engines.base import Engine, WindowScores
-from cache_builder.sampling import Sampling
-from storage_specs.errors import ConfigError
+from cache_builder.engines.base import WindowScores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +32,13 @@ class Generation:
     """One completion, token by token, an end token at its end included.
 
     ids: (G,) int64, or None where an endpoint gives none. pieces: the tokens' bytes, where `ids` is None; an end token
-    has none. scores: G rows at temperature 1, whatever the sampling. finish_reason: stop | length. ended: whether the
-    last token is an end token. stop_reason: the stop string that ended it, or None.
+    has none, and None is for what is not known. scores: G rows at temperature 1, whatever the sampling. finish_reason:
+    stop | length, or what an endpoint calls it. ended: whether the last token is an end token. stop_reason: the stop
+    string that ended it, or None.
     """
 
     ids: np.ndarray | None
-    pieces: list[bytes] | None = None
+    pieces: list[bytes | None] | None = None
     scores: WindowScores
     finish_reason: str
     ended: bool
@@ -53,27 +52,14 @@ class Generator(Protocol):
         """One Generation per prompt, in order. Raises EngineError."""
 
 
-def make_generator(engine: Engine, sampling: Sampling, words: list[bytes | None]) -> Generator:
-    """The generator of an engine. words: the bytes of every id, in which stop strings are looked for."""
-    name = type(engine).__name__
-    if name == "VllmEngine":
-        from cache_builder.engines.vllm_generate import VllmGenerator
-
-        return VllmGenerator(engine, sampling, words)
-    if name == "TransformersEngine":
-        from cache_builder.engines.transformers_generate import TransformersGenerator
-
-        return TransformersGenerator(engine, sampling, words)
-    raise ConfigError(f"mode generate is not known to {name}")
-
-
 class StopStrings:
-    """Looks for stop strings in the bytes of one completion as they come."""
+    """Looks for stop strings in the bytes of one completion as they come. tokens: how many were looked at."""
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self.stop = [(text, text.encode()) for text in stop]
         self.longest = max((len(data) for _, data in self.stop), default=0)
         self.data = b""
+        self.tokens = 0
 
     def found(self, piece: bytes) -> str | None:
         """The stop string that `piece` completes, the first of them in the text, or None."""

@@ -3,11 +3,11 @@
 One window at a time, without padding, in one forward pass; the head is applied at the rows' positions only
 (`logits_to_keep`, so that soft caps and scales stay the model's own business). Softmax and top-k are taken in float32.
 
-Legend: R rows of one window, B rows of one block, V vocabulary, G groups of E words each, C candidates, K top-k ranks.
+Legend: R rows of one window, B rows of one block, V vocabulary, K top-k ranks, J tail bins.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,12 +15,14 @@ import transformers
 from safetensors import SafetensorError
 
 from cache_builder.engines.base import EngineConfig, WindowScores, check_window, window_scores
+from cache_builder.engines.generating import Generator
+from cache_builder.engines.reduction import tail_masses, top_k
+from cache_builder.sampling import Sampling
 from storage_specs.errors import ConfigError, EngineError
 from storage_specs.windows import Window
 
 # Logits turned to float32 at a time: what stays in a CPU's cache (measured: a quarter of all time); plenty for a GPU.
 LOGITS_PER_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}
-GROUP = 128
 
 
 class TransformersEngine:
@@ -46,7 +48,7 @@ class TransformersEngine:
             "attention_backend": skeleton.config._attn_implementation,
         }
 
-    def score(self, windows: Sequence[Window]) -> Iterator[WindowScores]:
+    def score(self, windows: Iterable[Window]) -> Iterator[WindowScores]:
         for window in windows:
             check_window(window, self.config)
             yield self._score(window)
@@ -70,8 +72,18 @@ class TransformersEngine:
             norm_B1 = logits_BV.logsumexp(dim=-1, keepdim=True)
             gold_B = (logits_BV.gather(1, target_R[start : start + rows, None]) - norm_B1)[:, 0]
             values_BK, ids_BK = top_k(logits_BV, self.config.k)
-            blocks.append((gold_B, values_BK - norm_B1, ids_BK))
+            edges = self.config.rank_edges
+            bins = [] if edges is None else [tail_masses(logits_BV - norm_B1, edges)]
+            blocks.append((gold_B, values_BK - norm_B1, ids_BK, *bins))
         return window_scores(*(torch.cat(parts).cpu().numpy() for parts in zip(*blocks, strict=True)))
+
+    def generator(self, sampling: Sampling, words: list[bytes | None]) -> Generator:
+        from cache_builder.engines.transformers_generate import TransformersGenerator
+
+        return TransformersGenerator(self, sampling, words)
+
+    def close(self) -> None:
+        self._model = None
 
     def _load(self) -> torch.nn.Module:
         if self._model is None:
@@ -93,38 +105,6 @@ class TransformersEngine:
                 )
             self._model = model.to(self.device).eval()
         return self._model
-
-
-def top_k(logits_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest values (B, K) and their ids (B, K), in no order; of equal values at the border the lowest ids.
-
-    Exact, by group maxima: the k + 1 largest values lie in the k + 1 groups with the largest maxima (several times
-    faster than `torch.topk` over a large vocabulary). `torch.topk` alone keeps any of the values that tie at the
-    border, and logits rounded to bfloat16 tie at rank 64 in two rows of three.
-    """
-    vocabulary = logits_BV.shape[1]
-    groups = vocabulary // GROUP
-    grouped_BGE = logits_BV[:, : groups * GROUP].unflatten(1, (groups, GROUP))
-    rest_BE, ids_V = logits_BV[:, groups * GROUP :], torch.arange(vocabulary, device=logits_BV.device)
-    maxima_BG = grouped_BGE.amax(dim=2)
-    chosen_BG = maxima_BG.topk(min(k + 1, groups)).indices
-    candidates_BC = grouped_BGE.gather(1, chosen_BG[:, :, None].expand(-1, -1, GROUP)).flatten(1)
-    candidate_ids_BC = ids_V[: groups * GROUP].view(groups, GROUP)[chosen_BG].flatten(1)
-    candidate_ids_BC = torch.cat([candidate_ids_BC, ids_V[groups * GROUP :].expand(len(logits_BV), -1)], dim=1)
-    values_BK, place_BK = torch.cat([candidates_BC, rest_BE], dim=1).topk(min(k + 1, vocabulary))
-    ids_BK = candidate_ids_BC.gather(1, place_BK)
-    if values_BK.shape[1] == k:
-        return values_BK, ids_BK
-    border_B = values_BK[:, k - 1]
-    values_BK, ids_BK, tied_B = values_BK[:, :k], ids_BK[:, :k].clone(), border_B == values_BK[:, k]
-    for row in tied_B.nonzero()[:, 0].tolist():
-        inside_G = (maxima_BG[row] >= border_B[row]).nonzero()[:, 0]
-        group, entry = (grouped_BGE[row, inside_G] == border_B[row]).nonzero(as_tuple=True)
-        after = (rest_BE[row] == border_B[row]).nonzero()[:, 0] + groups * GROUP
-        at_border = torch.cat([inside_G[group] * GROUP + entry, after])
-        above = int((values_BK[row] > border_B[row]).sum())
-        ids_BK[row, above:] = at_border[: k - above]
-    return values_BK, ids_BK
 
 
 def _skeleton(model: str) -> torch.nn.Module:

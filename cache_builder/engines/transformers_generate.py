@@ -12,7 +12,8 @@ import torch
 
 from cache_builder.engines.base import window_scores
 from cache_builder.engines.generating import Generation, Prompt, StopStrings
-from cache_builder.engines.transformers import TransformersEngine, top_k
+from cache_builder.engines.reduction import tail_masses, top_k
+from cache_builder.engines.transformers import TransformersEngine
 from cache_builder.sampling import Sampling
 
 
@@ -33,7 +34,8 @@ class TransformersGenerator:
         stop, ends = StopStrings(self.sampling.stop), set(self.sampling.stop_token_ids)
         reading, keys = torch.from_numpy(prompt.ids).to(device)[None], None
         ids: list[int] = []
-        rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        rows: list[list[torch.Tensor]] = []
+        edges = self.engine.config.rank_edges
         ended, stop_reason = False, None
         while len(ids) < prompt.max_tokens and not ended and stop_reason is None:
             output = model(input_ids=reading, past_key_values=keys, use_cache=True, logits_to_keep=1)
@@ -41,7 +43,10 @@ class TransformersGenerator:
             token = draw(logits_1V[0].cpu(), self.sampling, random)
             norm_11 = logits_1V.logsumexp(dim=-1, keepdim=True)
             values_1K, ids_1K = top_k(logits_1V, self.engine.config.k)
-            rows.append(((logits_1V[:, token] - norm_11[:, 0]).cpu(), (values_1K - norm_11).cpu(), ids_1K.cpu()))
+            parts = [logits_1V[:, token] - norm_11[:, 0], values_1K - norm_11, ids_1K]
+            if edges is not None:
+                parts.append(tail_masses(logits_1V - norm_11, edges))
+            rows.append([part.cpu() for part in parts])
             ids.append(token)
             ended = token in ends
             if self.sampling.stop and not ended:

@@ -1,25 +1,32 @@
-"""The vLLM engine: prompt log-probabilities of token-id prompts, through public interfaces (vllm >= 0.26).
+"""The vLLM engine (vllm >= 0.26): rows of token-id prompts, reduced in the worker and handed over as arrays.
 
-`flat_logprobs` returns them as flat lists instead of one dict per token; they become arrays batch by batch, so that
-memory stays bounded whatever the shard holds.
+What is private in that is `vllm_capture`'s; where it does not fit the installed vLLM, rows come from the public
+`prompt_logprobs` with `flat_logprobs` (flat lists instead of one dict per token), which cannot feed a sketch. Requests
+are streamed: a bounded number of tokens is always queued, whatever the shards hold.
 
-Legend: R rows of one window, K top-k ranks, L tokens of one window.
+Legend: R rows of one window, K top-k ranks, J tail bins, L tokens of one window.
 """
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
-from cache_builder.engines.base import EngineConfig, WindowScores, check_window, window_scores
+from cache_builder.engines.base import EngineConfig, WindowScores, check_window, ordered_scores, window_scores
+from cache_builder.engines.generating import Generator
+from cache_builder.engines.vllm_capture import EXTENSION, keep_arrays, version_problem
+from cache_builder.sampling import Sampling
 from storage_specs.errors import ConfigError, EngineError
 from storage_specs.windows import Window
 
 MINIMUM_VERSION = (0, 26)
-TOKENS_IN_FLIGHT = 65_536  # their log-probabilities take about half a gigabyte as Python numbers at k = 64
+TOKENS_IN_FLIGHT = 65_536  # eight steps of 8,192: enough to never starve vLLM; half a gigabyte as flat lists at k = 64
 # Decided by the builder: the teacher itself, and what prompt log-probabilities need to be complete and untouched.
 RESERVED = {
     "model": "--teacher",
@@ -33,6 +40,7 @@ RESERVED = {
     "speculative_config": "none, because speculation corrupts prompt log-probabilities",
     "skip_tokenizer_init": "on, because prompts are token ids",
     "runner": "generate",
+    "worker_extension_cls": "the capture in the worker",
     "data_parallel_size": "1, because one process drives one replica",
 }
 # They place and schedule the work but do not choose the model's arithmetic: a build may resume with others.
@@ -63,7 +71,7 @@ def engine_argument_names() -> list[str]:
 
 
 class VllmEngine:
-    """Scores windows with `vllm.LLM`."""
+    """Scores windows with `vllm.LLM`; rows are reduced in the worker where its hooks fit this vLLM, else read flat."""
 
     def __init__(self, config: EngineConfig) -> None:
         for name in config.arguments:
@@ -71,8 +79,12 @@ class VllmEngine:
                 raise ConfigError(f"{name} is not passed to vLLM: it is decided by the builder ({RESERVED[name]})")
         self.config = config
         self.version = _vllm().__version__
-        self.arguments = _typed(config.arguments)
+        self.arguments = _defaults(config) | _typed(config.arguments)
+        # float32 logits (a GEMM of 16-bit weights that keeps its float32 sums): rounded ones tie at the last rank
+        self.arguments["hf_overrides"] = {"head_dtype": "float32"} | (self.arguments.get("hf_overrides") or {})
+        self.flat_reason = version_problem(self.version)
         self._llm: Any = None
+        self._requests = 0
 
     def describe(self) -> dict[str, Any]:
         from vllm.platforms import current_platform
@@ -83,30 +95,88 @@ class VllmEngine:
             "version": self.version,
             "device": current_platform.device_type,
             "dtype": self.config.dtype,
+            "head_dtype": self.arguments["hf_overrides"]["head_dtype"],
             "attention_backend": str(values.pop("attention_backend", "auto")),
             "arguments": {name: value if isinstance(value, bool) else str(value) for name, value in values.items()},
         }
 
-    def score(self, windows: Sequence[Window]) -> Iterator[WindowScores]:
+    def score(self, windows: Iterable[Window]) -> Iterator[WindowScores]:
+        self.load()
+        if self.flat_reason is None:
+            return self.stream(windows, captured_scores, self.parameters())
+        if self.config.rank_edges is not None:
+            raise EngineError(
+                "the sketch needs all logits, and vLLM's public prompt_logprobs have the top k only: "
+                f"{self.flat_reason}; choose another codec profile, or --engine transformers"
+            )
+        print(f"vllm {self.version}: rows through flat prompt_logprobs, slower: {self.flat_reason}", file=sys.stderr)
+        return self.score_flat(windows)
+
+    def score_flat(self, windows: Iterable[Window]) -> Iterator[WindowScores]:
+        """`score` through vLLM's public `prompt_logprobs` alone: slower, without tail bins, independent of hooks."""
+        self.stop_capture()
+        try:
+            yield from self.stream(windows, parse_flat, self.parameters())
+        finally:
+            if self._llm is not None and self.flat_reason is None:
+                self.start_capture()
+
+    def generator(self, sampling: Sampling, words: list[bytes | None]) -> Generator:
+        from cache_builder.engines.vllm_generate import VllmGenerator
+
+        return VllmGenerator(self, sampling, words)
+
+    def close(self) -> None:
+        """Stop vLLM's processes and free what they hold."""
+        if self._llm is not None:
+            llm, self._llm = self._llm, None
+            llm.llm_engine.engine_core.shutdown()
+
+    def parameters(self, **changed: Any) -> Any:
+        """What every request asks of vLLM, as its `SamplingParams`."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        for window in windows:
-            check_window(window, self.config)
-        parameters = SamplingParams(
-            max_tokens=1, temperature=0, prompt_logprobs=self.config.k, flat_logprobs=True, detokenize=False
-        )
-        for batch in _batches(windows):
-            prompts = [{"prompt_token_ids": window.ids.tolist()} for window in batch]
-            try:
-                outputs = self._load().generate(prompts, parameters, use_tqdm=False)
-            except EngineError:
-                raise
-            except Exception as error:  # the engine's process died, ran out of memory, or refused the request
-                raise EngineError(f"vLLM failed while scoring: {type(error).__name__}: {error}") from error
-            for window, output in zip(batch, outputs, strict=True):
-                yield parse_flat(output.prompt_logprobs, window, self.config)
+        asked = {"max_tokens": 1, "temperature": 0, "detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
+        return SamplingParams(**asked | {"prompt_logprobs": self.config.k, "flat_logprobs": True} | changed)
 
-    def _load(self) -> Any:
+    def stream(
+        self, windows: Iterable[Window], read: Callable[[Any, Window, EngineConfig], Any], parameters: Any
+    ) -> Iterator[Any]:
+        """`read(prompt_logprobs, window, config)` of every window, in order.
+
+        TOKENS_IN_FLIGHT tokens are queued in vLLM, so that its next step never waits for its client.
+        """
+        engine = self.load().llm_engine
+        source = iter(windows)
+        waiting: OrderedDict[str, Window] = OrderedDict()
+        done: dict[str, Any] = {}
+        tokens = 0
+        try:
+            while True:
+                while tokens < TOKENS_IN_FLIGHT and (window := next(source, None)) is not None:
+                    check_window(window, self.config)
+                    name = f"window-{self._requests}"
+                    self._requests += 1
+                    waiting[name] = window
+                    tokens += len(window.ids)
+                    _ask(engine.add_request, name, {"prompt_token_ids": window.ids.tolist()}, parameters)
+                if not waiting:
+                    return
+                for output in _ask(engine.step):
+                    if output.finished:
+                        done[output.request_id] = read(output.prompt_logprobs, waiting[output.request_id], self.config)
+                while waiting and (name := next(iter(waiting))) in done:
+                    tokens -= len(waiting.pop(name).ids)
+                    yield done.pop(name)
+        finally:
+            unfinished = [name for name in waiting if name not in done]
+            if unfinished and self._llm is not None:
+                with suppress(Exception):  # the engine may be what failed
+                    engine.abort_request(unfinished)
+
+    def load(self) -> Any:
+        """The `vllm.LLM`, loaded by the first call. Raises EngineError."""
         if self._llm is None:
             os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
             from vllm import LLM
@@ -120,25 +190,62 @@ class VllmEngine:
                     logprobs_mode="raw_logprobs",
                     enable_prefix_caching=False,
                     skip_tokenizer_init=True,
+                    worker_extension_cls=EXTENSION,
                     **self.arguments,
                 )
             except Exception as error:  # pydantic, CUDA, memory: all of them mean that the engine did not start
                 raise EngineError(f"teacher {self.config.model}: vLLM cannot load it: {error}") from error
+            if self.flat_reason is None:
+                self.start_capture()
         return self._llm
 
+    def start_capture(self) -> None:
+        """Hook the worker for `config`'s k and rank edges; `flat_reason` says why not, where that fails."""
+        edges = None if self.config.rank_edges is None else list(self.config.rank_edges)
+        try:
+            keep_arrays()
+            answers = self._llm.collective_rpc("capture_start", args=(self.config.k, edges, self.config.vocab_size))
+        except (ImportError, AttributeError, TypeError) as error:
+            answers = [f"this vLLM's client is laid out differently ({error})"]
+        self.flat_reason = next(filter(None, answers), None)
+        if self.flat_reason is not None:
+            self.stop_capture()
 
-def _batches(windows: Sequence[Window]) -> Iterator[list[Window]]:
-    """Runs of windows of at most TOKENS_IN_FLIGHT tokens together, at least one window each."""
-    batch: list[Window] = []
-    tokens = 0
-    for window in windows:
-        if batch and tokens + len(window.ids) > TOKENS_IN_FLIGHT:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(window)
-        tokens += len(window.ids)
-    if batch:
-        yield batch
+    def stop_capture(self) -> None:
+        """From here on prompt log-probabilities are vLLM's own."""
+        self.load().collective_rpc("capture_stop")
+
+
+def _ask(method: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return method(*arguments)
+    except Exception as error:  # the engine's process died, ran out of memory, or refused the request
+        raise EngineError(f"vLLM failed while scoring: {type(error).__name__}: {error}") from error
+
+
+def _defaults(config: EngineConfig) -> dict[str, Any]:
+    """What suits prefill on a GPU: steps that fill it, and room for blocks of logits beside the key-value cache."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda_alike():
+        return {}
+    return {"max_num_batched_tokens": max(8192, config.max_model_len), "gpu_memory_utilization": 0.85}
+
+
+def captured_scores(rows: Any, window: Window, config: EngineConfig) -> WindowScores:
+    """The rows of one window from what the worker captured: values (L-1, 1 + K + J) and ids (L-1, K)."""
+    values_LW, ids_LK = rows if isinstance(rows, tuple) else (np.zeros((0, 0)), np.zeros((0, 0)))
+    k, bins = config.k, 0 if config.rank_edges is None else len(config.rank_edges) - 1
+    expected = len(window.ids) - 1
+    if values_LW.shape != (expected, 1 + k + bins) or ids_LK.shape != (expected, k):
+        raise EngineError(
+            f"vLLM returned rows of shapes {values_LW.shape} and {ids_LK.shape} for {len(window.ids)} tokens, expected "
+            f"{expected} rows of {1 + k + bins} values and {k} ids: the capture in the worker does not fit this vLLM"
+        )
+    values_RW = values_LW[window.logits_index]
+    return ordered_scores(
+        values_RW[:, 0], values_RW[:, 1 : 1 + k], ids_LK[window.logits_index], values_RW[:, 1 + k :] if bins else None
+    )
 
 
 def parse_flat(flat: Any, window: Window, config: EngineConfig) -> WindowScores:

@@ -17,6 +17,7 @@ from tiny_teacher import VOCABULARY, make_tiny_teacher, write_corpus
 
 from cache_builder.builder import BuildConfig, build
 from cache_builder.engines.transformers import TransformersEngine
+from cache_builder.rows import cached_document
 from storage_specs.errors import CacheMismatchError, ChatTemplateError, ConfigError, EngineError, OutputFolderError
 from storage_specs.reader import open_cache
 
@@ -132,19 +133,19 @@ def test_a_bos_token_gives_the_first_token_its_row(config: BuildConfig) -> None:
 def test_finished_builds_and_finished_shards_are_never_redone(
     config: BuildConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scored: list[int] = []
-    whole = TransformersEngine.score
+    """An interruption between the last two shards: what was scored is written, the rest is scored by the next call."""
+    scored: list[str] = []
 
-    def interrupted(self: TransformersEngine, windows: Any) -> Any:
-        if len(scored) == 2:
+    def interrupted(document: Any, *rest: Any) -> Any:
+        if len(scored) == 4:
             raise KeyboardInterrupt
-        scored.append(len(windows))
-        return whole(self, windows)
+        scored.append(document.doc_id)
+        return cached_document(document, *rest)
 
-    monkeypatch.setattr(TransformersEngine, "score", interrupted)
+    monkeypatch.setattr("cache_builder.pipeline.cached_document", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build(config)
-    monkeypatch.setattr(TransformersEngine, "score", whole)
+    monkeypatch.setattr("cache_builder.pipeline.cached_document", cached_document)
     assert build(config).shards_written == 1
     monkeypatch.setattr(TransformersEngine, "_load", lambda self: pytest.fail("the teacher was loaded for nothing"))
     report = build(config)

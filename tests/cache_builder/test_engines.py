@@ -17,7 +17,6 @@ import transformers
 
 from cache_builder.engines import choose_engine, make_engine
 from cache_builder.engines.base import EngineConfig, WindowScores, window_scores
-from cache_builder.engines.transformers import top_k
 from cache_builder.rows import Cutter
 from storage_specs.document import text_document
 from storage_specs.errors import ConfigError, EngineError
@@ -131,18 +130,6 @@ def test_windows_of_a_long_document_equal_the_brute_force_forward_of_each(
             np.testing.assert_allclose(scores.gold_logprob[row], log_probs_LV[index, body[position]], rtol=0, atol=5e-5)
             position += 1
     assert position == len(body)
-
-
-@pytest.mark.parametrize("vocabulary", [64, 65, 128, 1000, 20_000])
-@pytest.mark.parametrize("levels", [2, 30, 10**6])
-def test_top_k_is_the_sorted_top_k_with_the_lowest_ids_among_equals(vocabulary: int, levels: int) -> None:
-    logits_BV = torch.randint(0, levels, (40, vocabulary), generator=torch.Generator().manual_seed(levels)).float()
-    values_BK, ids_BK = top_k(logits_BV, K)
-    for row in range(40):
-        expected = sorted(range(vocabulary), key=lambda token: (-logits_BV[row, token].item(), token))[:K]
-        found = sorted(zip((-values_BK[row]).tolist(), ids_BK[row].tolist(), strict=True))
-        assert [token for _, token in found] == expected
-        assert [-value for value, _ in found] == logits_BV[row, expected].tolist()
 
 
 def test_window_scores_orders_equal_probabilities_by_id_and_keeps_the_tail() -> None:

@@ -1,0 +1,287 @@
+"""Triton kernels of `reduction.reduce_rows`: one read of the logits for the top-k, two more for the sketch's tail bins.
+
+One program per row of logits:
+
+    scan    reads the row once: log-sum-exp, the maximum of every group of words, the smallest finite value
+    select  takes the K groups with the largest maxima (a value outside them is smaller than K group maxima, so it
+            cannot be among the top K) and sorts the exact top K out of them
+    tail    only for a sketch: a coarse histogram of the values below the K-th places a threshold near every rank edge;
+            a second read counts and sums the values above every threshold exactly; the few ranks by which a threshold
+            missed its edge are made good at the threshold's own value. An error is thus (ranks missed / rank) squared.
+
+Import this module only where triton is installed. Legend: B rows, V words, G groups of words, K ranks, C candidates (a
+power of two above K), J tail bins, S steps of the histogram, W = 1 + K + J; GP, JP: rounded up to a power of two.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+# ruff: noqa: SIM108 (the compiler wants statements, not expressions)
+
+GROUP = 128
+STEPS = 256
+LONGEST_TAIL = 24.0  # nats below the K-th value that the histogram spans; what lies deeper has no mass
+
+
+@triton.jit
+def _sort_key(values):
+    """int32 in the order of `values`: within 16 bits for bfloat16 and float16, all 32 for float32."""
+    if values.dtype.primitive_bitwidth == 16:
+        bits = values.to(tl.int16, bitcast=True).to(tl.int32)
+        return bits ^ ((bits >> 31) & 0x7FFF)
+    else:
+        bits = values.to(tl.int32, bitcast=True)
+        return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _next_above(values):
+    """float32: for 16-bit values the next larger one (of the same sign); float32 values themselves."""
+    if values.dtype.primitive_bitwidth == 16:
+        bits = values.to(tl.int16, bitcast=True)
+        bits += tl.where(bits >= 0, 1, -1).to(tl.int16)
+        return bits.to(values.dtype, bitcast=True).to(tl.float32)
+    else:
+        return values
+
+
+@triton.jit
+def _kth_largest(keys, wanted, BITS: tl.constexpr):
+    """The largest t with count(keys >= t) >= wanted, bit by bit from the top."""
+    threshold = tl.where(tl.sum((keys >= 0).to(tl.int32)) >= wanted, 0, -(2 ** (BITS - 1))).to(tl.int32)
+    for step in range(1, BITS):
+        trial = threshold + (tl.full((), 1, tl.int32) << (BITS - 1 - step))
+        threshold = tl.where(tl.sum((keys >= trial).to(tl.int32)) >= wanted, trial, threshold)
+    return threshold
+
+
+@triton.jit
+def _candidates(source, groups, start, wanted, V, GROUP: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr):
+    """Words and sort keys of CHUNK of the chosen groups, by ascending word, and which of them exist."""
+    slot = start + tl.arange(0, CHUNK)
+    group = tl.load(groups + slot, mask=slot < wanted, other=0)
+    word_2d = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    real = tl.reshape((slot < wanted)[:, None] & (word_2d < V), (CHUNK * GROUP,))
+    word = tl.reshape(word_2d, (CHUNK * GROUP,))
+    values = tl.load(source + word, mask=real, other=float("-inf"))
+    return word, tl.where(real, _sort_key(values), -(2 ** (BITS - 1))), real
+
+
+@triton.jit
+def _collect(
+    source, groups, scratch, wanted, threshold, V,
+    K: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Words above the threshold into scratch[:C], the first K words equal to it into scratch[C:]; how many above."""
+    above_count = tl.zeros((), tl.int32)
+    equal_count = tl.zeros((), tl.int32)
+    for start in range(0, wanted, CHUNK):
+        word, keys, real = _candidates(source, groups, start, wanted, V, GROUP, CHUNK, BITS)
+        above = real & (keys > threshold)
+        equal = real & (keys == threshold)
+        # Both running counts in one scan: a chunk has fewer than 2^15 words.
+        places = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), 0)
+        above_place = above_count + (places & 0xFFFF) - 1
+        equal_place = equal_count + (places >> 16) - 1
+        tl.store(scratch + above_place, word, mask=above & (above_place < C))
+        tl.store(scratch + C + equal_place, word, mask=equal & (equal_place < K))
+        above_count += tl.sum(above.to(tl.int32))
+        equal_count += tl.sum(equal.to(tl.int32))
+    return above_count
+
+
+@triton.jit
+def _kth_candidate(source, groups, wanted, V, K, GROUP: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr):
+    """The key of the K-th largest candidate, bit by bit with the candidates read again for each (rarely needed)."""
+    threshold = tl.full((), -(2 ** (BITS - 1)), tl.int32)
+    for step in range(BITS):
+        if step == 0:
+            trial = tl.zeros((), tl.int32)
+        else:
+            trial = threshold + (tl.full((), 1, tl.int32) << (BITS - 1 - step))
+        count = tl.zeros((), tl.int32)
+        for start in range(0, wanted, CHUNK):
+            _, keys, real = _candidates(source, groups, start, wanted, V, GROUP, CHUNK, BITS)
+            count += tl.sum((real & (keys >= trial)).to(tl.int32))
+        threshold = tl.where(count >= K, trial, threshold)
+    return threshold
+
+
+@triton.jit
+def scan_kernel(
+    logits_BV, row_stride, group_max_BG, lse_B, smallest_B, V, G,
+    GROUP: tl.constexpr, TILE_GROUPS: tl.constexpr, SKETCH: tl.constexpr,
+):  # fmt: skip
+    """log-sum-exp, group maxima, smallest finite value. Slots of a tile keep their own running maximum and sum."""
+    row = tl.program_id(0).to(tl.int64)
+    source = logits_BV + row * row_stride
+    slot = tl.arange(0, TILE_GROUPS)
+    inside = slot[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    running_max = tl.full((TILE_GROUPS,), float("-inf"), tl.float32)
+    running_sum = tl.zeros((TILE_GROUPS,), tl.float32)
+    running_min = tl.full((TILE_GROUPS,), float("inf"), tl.float32)
+    for start in range(0, G, TILE_GROUPS):
+        word = start * GROUP + inside
+        values = tl.load(source + word, mask=word < V, other=float("-inf")).to(tl.float32)
+        tile_max = tl.max(values, axis=1)
+        stored = tile_max.to(group_max_BG.dtype.element_ty)
+        tl.store(group_max_BG + row * G + start + slot, stored, mask=start + slot < G)
+        if SKETCH:
+            finite = tl.where(values == float("-inf"), float("inf"), values)
+            running_min = tl.minimum(running_min, tl.min(finite, axis=1))
+        new_max = tl.maximum(running_max, tile_max)
+        # -inf - -inf is NaN: a slot that has seen nothing finite subtracts 0 instead.
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        running_sum = running_sum * tl.exp(running_max - shift) + tl.sum(tl.exp(values - shift[:, None]), axis=1)
+        running_max = new_max
+    row_max = tl.max(running_max, axis=0)
+    tl.store(lse_B + row, row_max + tl.log(tl.sum(running_sum * tl.exp(running_max - row_max), axis=0)))
+    if SKETCH:
+        tl.store(smallest_B + row, tl.min(running_min, axis=0))
+
+
+@triton.jit
+def select_kernel(
+    logits_BV, row_stride, group_max_BG, lse_B, target_B, groups_BK, scratch_BS, values_BW, ids_BK, kth_B, V, G, W,
+    K: tl.constexpr, C: tl.constexpr, GP: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """The exact top K of one row, sorted, equal values by ascending word; and its gold log-probability."""
+    row = tl.program_id(0).to(tl.int64)
+    source = logits_BV + row * row_stride
+    lse = tl.load(lse_B + row)
+    groups, scratch = groups_BK + row * K, scratch_BS + row * (C + K)
+    group = tl.arange(0, GP)
+    maxima = tl.load(group_max_BG + row * G + group, mask=group < G, other=float("-inf"))
+    keys = tl.where(group < G, _sort_key(maxima), -(2 ** (BITS - 1)))
+    # Fewer groups than ranks (a small vocabulary): take them all.
+    wanted = tl.minimum(K, G)
+    threshold = _kth_largest(keys, wanted, BITS)
+    above = keys > threshold
+    equal = (keys == threshold) & (group < G)
+    spare = wanted - tl.sum(above.to(tl.int32))
+    # In ascending order, and of equal maxima the lowest: so that of equal words the lowest come first.
+    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= spare))
+    tl.store(groups + tl.cumsum(chosen.to(tl.int32), 0) - 1, group, mask=chosen)
+    tl.debug_barrier()
+
+    # The groups' threshold is a lower bound of the K-th largest value, and in nearly all rows a close one.
+    above_count = _collect(source, groups, scratch, wanted, threshold, V, K, C, GROUP, CHUNK, BITS)
+    if (above_count > C) | (wanted < K):
+        threshold = _kth_candidate(source, groups, wanted, V, K, GROUP, CHUNK, BITS)
+        tl.debug_barrier()
+        above_count = _collect(source, groups, scratch, wanted, threshold, V, K, C, GROUP, CHUNK, BITS)
+    tl.debug_barrier()
+
+    rank = tl.arange(0, C)
+    is_above = rank < above_count
+    real = is_above | (rank < K)
+    word = tl.load(scratch + tl.where(is_above, rank, C + rank - above_count), mask=real, other=0)
+    head_keys = _sort_key(tl.load(source + word, mask=real, other=float("-inf")))
+    # Largest first: sort (key, place) packed into one integer; places that do not exist go last.
+    packed = tl.where(real, head_keys.to(tl.int64) * C + (C - 1 - rank), -(2**62))
+    place = (C - 1 - (tl.sort(packed, descending=True) & (C - 1))).to(tl.int32)
+    kept = rank < K
+    word = tl.load(scratch + tl.where(place < above_count, place, C + place - above_count), mask=kept, other=0)
+    values = tl.load(source + word, mask=kept, other=float("inf")).to(tl.float32)
+    tl.store(values_BW + row * W + 1 + rank, values - lse, mask=kept)
+    tl.store(ids_BK + row * K + rank, word, mask=kept)
+    tl.store(kth_B + row, tl.min(values, 0))
+    tl.store(values_BW + row * W, tl.load(source + tl.load(target_B + row)).to(tl.float32) - lse)
+
+
+@triton.jit
+def tail_kernel(
+    logits_BV, row_stride, lse_B, kth_B, smallest_B, edges_J1, values_BW, V, W, longest,
+    K: tl.constexpr, J: tl.constexpr, JP: tl.constexpr, S: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Masses of the sorted tail between the rank edges, without sorting."""
+    row = tl.program_id(0).to(tl.int64)
+    source = logits_BV + row * row_stride
+    lse, kth = tl.load(lse_B + row), tl.load(kth_B + row)
+    span = tl.minimum(tl.maximum(kth - tl.load(smallest_B + row), 1e-6), longest)
+
+    lane = tl.arange(0, TILE)
+    counts = tl.zeros((S,), tl.int32)
+    absent = tl.zeros((TILE,), tl.int32)
+    for start in range(0, V, TILE):
+        values = tl.load(source + start + lane, mask=start + lane < V, other=float("-inf")).to(tl.float32)
+        # Finer steps near the K-th value, where single words have mass.
+        step = tl.minimum(tl.sqrt(tl.maximum((kth - values) / span, 0.0)) * S, S - 1.0)
+        counts += tl.histogram(step.to(tl.int32), S)
+        absent += (values == float("-inf")).to(tl.int32)
+    step = tl.arange(0, S)
+    counts = tl.where(step == S - 1, counts - tl.sum(absent, 0), counts)
+    below = tl.cumsum(counts, 0)
+    before = below - counts
+    bin = tl.arange(0, JP)
+    edge = tl.load(edges_J1 + 1 + bin, mask=bin < J, other=V)
+    owner = tl.sum((below[None, :] <= edge[:, None]).to(tl.int32), 1)
+    is_owner = step[None, :] == owner[:, None]
+    into = (edge - tl.sum(tl.where(is_owner, before[None, :], 0), 1)).to(tl.float32)
+    held = tl.sum(tl.where(is_owner, counts[None, :], 0), 1).to(tl.float32)
+    # The head lies in step 0, its ranks first, all at the upper end.
+    head = tl.where(owner == 0, K * 1.0, 0.0)
+    depth = (owner + tl.maximum(into - head, 0.0) / tl.maximum(held - head, 1.0)) / S
+    # Edges beyond the words that can come at all (the last edge always is) take everything.
+    threshold = tl.where(owner == S, float("-inf"), kth - span * depth * depth)
+    # 16-bit logits tie, so thresholds are values that they can have: `lowest` is the next one above.
+    rounded = threshold.to(logits_BV.dtype.element_ty)
+    lowest = _next_above(rounded)
+    threshold = rounded.to(tl.float32)
+
+    part = tl.arange(0, PART)
+    number = tl.zeros((JP, PART), tl.int32)
+    mass = tl.zeros((JP, PART), tl.float32)
+    in_head = tl.zeros((PART,), tl.int32)
+    for start in range(0, V, PART):
+        z = tl.load(source + start + part, mask=start + part < V, other=float("-inf")).to(tl.float32)
+        in_head += (z > kth).to(tl.int32)
+        share = tl.where(z > kth, 0.0, tl.exp(z - lse))
+        over = z[None, :] > threshold[:, None]
+        number += over.to(tl.int32)
+        mass += tl.where(over, share[None, :], 0.0)
+    # Words of the head that equal its last one were counted among the tail.
+    equal = (K - tl.sum(in_head, 0)) * tl.exp(kth - lse)
+    missed = edge - tl.sum(number, 1)
+    made_good = missed.to(tl.float32) * tl.exp(tl.where(missed > 0, threshold, lowest) - lse)
+    reached = tl.sum(mass, 1) - equal + made_good
+    tl.store(values_BW + row * W + 1 + K + bin, tl.maximum(reached, 0.0), mask=bin < J)
+
+
+def reduce_rows_triton(
+    logits_BV: torch.Tensor, target_B: torch.Tensor, k: int, rank_edges: tuple[int, ...] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `reduction.reduce_rows`. Rows of `logits_BV` may have any stride, words must lie side by side."""
+    rows, vocabulary = logits_BV.shape
+    group = GROUP
+    while group > 16 and vocabulary < 4 * k * group:
+        group //= 2
+    groups, candidates = triton.cdiv(vocabulary, group), 2 * triton.next_power_of_2(k)
+    bins = 0 if rank_edges is None else len(rank_edges) - 1
+    width = 1 + k + bins
+    new = logits_BV.new_empty
+    values_BW, ids_BK = new((rows, width), dtype=torch.float32), new((rows, k), dtype=torch.int32)
+    group_max_BG = new((rows, groups))
+    lse_B, smallest_B, kth_B = new((3, rows), dtype=torch.float32)
+    groups_BK, scratch_BS = new((rows, k), dtype=torch.int32), new((rows, candidates + k), dtype=torch.int32)
+    bits = 8 * logits_BV.element_size()
+    scan_kernel[(rows,)](
+        logits_BV, logits_BV.stride(0), group_max_BG, lse_B, smallest_B, vocabulary, groups,
+        GROUP=group, TILE_GROUPS=max(1, 4096 // group), SKETCH=bins > 0, num_warps=8,
+    )  # fmt: skip
+    select_kernel[(rows,)](
+        logits_BV, logits_BV.stride(0), group_max_BG, lse_B, target_B, groups_BK, scratch_BS, values_BW, ids_BK, kth_B,
+        vocabulary, groups, width,
+        K=k, C=candidates, GP=triton.next_power_of_2(groups), GROUP=group, CHUNK=max(1, 2048 // group), BITS=bits,
+        num_warps=4,
+    )  # fmt: skip
+    if bins:
+        edges_J1 = torch.tensor(rank_edges, dtype=torch.int32, device=logits_BV.device)
+        tail_kernel[(rows,)](
+            logits_BV, logits_BV.stride(0), lse_B, kth_B, smallest_B, edges_J1, values_BW, vocabulary, width,
+            LONGEST_TAIL, K=k, J=bins, JP=triton.next_power_of_2(bins), S=STEPS, TILE=2048, PART=512, num_warps=8,
+        )  # fmt: skip
+        reached_BJ = values_BW[:, 1 + k :]
+        reached_BJ[:, 1:] = (reached_BJ[:, 1:] - reached_BJ[:, :-1]).clamp(min=0)
+    return values_BW, ids_BK

@@ -1,0 +1,278 @@
+"""What capture costs: tokens a second of the vllm engine's routes as a ratio to the same engine doing prefill only.
+
+    python scripts/bench_capture.py --shape qwen3-8b --k 64 128
+    python scripts/bench_capture.py --shape qwen3-1.7b --vocabulary 262144 --k 256 --routes prefill,disk,sketch
+
+Any model shape with dummy weights, one engine, one process, prompts of random ids. Routes, interleaved in every
+repetition: `prefill` (one token is sampled, nothing kept), `rows` (rows reach the builder as arrays), `disk` (the
+builder's own pipeline: scoring, reduction, transfer, codec, checksum, write and sync to a local disk, manifest),
+`sketch` and `sketch-disk` (the same with 16 tail bins). `flat` and `dicts` are vLLM's own prompt log-probabilities,
+measured on fewer prompts. The head and the reduction alone are in scripts/bench_reduction.py.
+"""
+
+import argparse
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache_builder.engines.base import EngineConfig
+from cache_builder.engines.vllm import VllmEngine
+from cache_builder.pipeline import BackgroundWriter, score_shards
+from cache_builder.progress import Progress, Work
+from storage_specs.document import Document, text_document
+from storage_specs.plan import make_plan
+from storage_specs.settings import DEFAULT_PROFILE
+from storage_specs.sketch import log_rank_edges
+from storage_specs.vocabulary import Vocabulary
+from storage_specs.windows import Window
+from storage_specs.writer import CacheSettings, CacheWriter
+
+SHAPES = {
+    "qwen3-8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
+    "qwen3-1.7b": {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "hidden_size": 256,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    },
+}
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+BINS = 16
+ROUTES = ("prefill", "rows", "disk", "sketch", "sketch-disk", "flat", "dicts")
+FEWER_PROMPTS = {"flat": 4, "dicts": 12}  # a share of the prompts: these routes are slow, and only compared
+BYTES_PER_TOKEN = 4
+
+
+class RandomPrompts:
+    """Documents whose tokens are random ids of four bytes each; stands where the builder has its `Cutter`."""
+
+    def __init__(self, count: int, length: int, vocabulary: int) -> None:
+        self.generator, self.length, self.vocabulary = np.random.default_rng(0), length, vocabulary
+        letters = self.generator.integers(97, 123, (count, length * BYTES_PER_TOKEN), dtype=np.uint8)
+        self.documents = [text_document(row.tobytes().decode()) for row in letters]
+
+    def windows(self, document: Document) -> list[Window]:
+        ids = self.generator.integers(0, self.vocabulary, self.length)
+        row_R = np.arange(self.length - 1)
+        return [
+            Window(
+                ids=ids,
+                logits_index=row_R,
+                target_ids=ids[1:],
+                segment=np.zeros_like(row_R),
+                token_start=(row_R + 1) * BYTES_PER_TOKEN,
+                byte_start=(row_R + 1) * BYTES_PER_TOKEN,
+                byte_end=(row_R + 2) * BYTES_PER_TOKEN,
+                is_end=np.zeros(len(row_R), dtype=bool),
+                row_in_segment=row_R,
+                first_row=0,
+            )
+        ]
+
+
+class Bench:
+    """One loaded engine and the routes through it; each returns the seconds that `documents` took."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        self.arguments, self.folder = arguments, folder
+        shape = QWEN3 | SHAPES[arguments.shape] | ({"vocab_size": arguments.vocabulary} if arguments.vocabulary else {})
+        model = folder / "model"
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps(shape))
+        self.config = EngineConfig(
+            model=str(model),
+            dtype="bfloat16",
+            max_model_len=arguments.length + 1,
+            k=max(arguments.k),
+            vocab_size=shape["vocab_size"],
+            arguments={"load_format": "dummy"} | dict(_argument(item) for item in arguments.engine),
+        )
+        self.engine = VllmEngine(self.config)
+        self.engine.load()  # for the largest k: vLLM refuses more later
+        self.prompts = RandomPrompts(arguments.prompts, arguments.length, shape["vocab_size"])
+        words = [b"%d" % number for number in range(shape["vocab_size"])]
+        self.vocabulary = Vocabulary(token_bytes=words, special_roles={})
+
+    def seconds(self, route: str, k: int, documents: list[Document]) -> float:
+        sketch = route.startswith("sketch")
+        edges = tuple(log_rank_edges(k, self.config.vocab_size, BINS).tolist()) if sketch else None
+        self.engine.config = replace(self.config, k=k, rank_edges=edges)
+        self.engine.start_capture()
+        name = {"sketch-disk": "disk", "sketch": "rows"}.get(route, route)
+        return {"prefill": self.prefill, "rows": self.rows, "disk": self.disk, "flat": self.flat, "dicts": self.dicts}[
+            name
+        ](documents)
+
+    def prefill(self, documents: list[Document]) -> float:
+        nothing = self.engine.parameters(prompt_logprobs=None)
+        return self._drain(documents, lambda windows: self.engine.stream(windows, lambda *_: None, nothing))
+
+    def rows(self, documents: list[Document]) -> float:
+        return self._drain(documents, self.engine.score)
+
+    def flat(self, documents: list[Document]) -> float:
+        return self._drain(documents, self.engine.score_flat)
+
+    def dicts(self, documents: list[Document]) -> float:
+        self.engine.stop_capture()
+        dicts = self.engine.parameters(flat_logprobs=False)
+        return self._drain(documents, lambda windows: self.engine.stream(windows, lambda *_: None, dicts))
+
+    def disk(self, documents: list[Document]) -> float:
+        output = self.folder / "cache"
+        shutil.rmtree(output, ignore_errors=True)
+        settings = CacheSettings(
+            teacher={}, tokenizer={}, chat_template=None, engine=self.engine.describe(), windows={},
+            k=self.engine.config.k, k_ids=16, vocab_size=self.config.vocab_size, store=self.arguments.store,
+            profile=self.arguments.sketch_profile if self.engine.config.rank_edges else self.arguments.profile,
+            vocabulary=self.vocabulary,
+        )  # fmt: skip
+        plan = make_plan(documents, self.arguments.documents_per_shard)
+        writer = CacheWriter(output, settings, plan)
+        jobs = [(shard, [documents[number] for number in members]) for shard, members in enumerate(plan.shards)]
+        started = time.perf_counter()
+        progress = Progress(0, 0, len(jobs))
+        with progress, BackgroundWriter(writer.write_shard, progress.shard_done) as writing:
+            for shard, cached in score_shards(jobs, self.engine, self.prompts, 16, Work(), progress):
+                writing.put(shard, cached)
+        writer.finalize()
+        return time.perf_counter() - started
+
+    def _drain(self, documents: list[Document], score: Callable[[Any], Any]) -> float:
+        windows = [window for document in documents for window in self.prompts.windows(document)]
+        started = time.perf_counter()
+        for _ in score(windows):
+            pass
+        return time.perf_counter() - started
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    name, has_value, value = text.partition("=")
+    return name, value if has_value else True
+
+
+def measure(bench: Bench, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One CSV row per route and k, ratios to the prefill of the same repetition."""
+    routes = arguments.routes.split(",")
+    cases = [(route, k) for k in arguments.k for route in routes if route != "prefill" or k == arguments.k[0]]
+    few = bench.prompts.documents[: max(1, arguments.prompts // 12)]
+    for route, k in cases:  # compile every kernel, fill every pool
+        started = time.perf_counter()
+        bench.seconds(route, k, few if route not in FEWER_PROMPTS else few[:1])
+        print(f"warm: {route} k={k} {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
+    speeds: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
+    for repeat in range(arguments.repeats):
+        for route, k in cases:
+            documents = bench.prompts.documents[: arguments.prompts // FEWER_PROMPTS.get(route, 1)]
+            speed = len(documents) * arguments.length / bench.seconds(route, k, documents)
+            speeds[route, k].append(speed)
+            print(f"{repeat}: {route} k={k} {speed:,.0f} tok/s", file=sys.stderr, flush=True)
+    prefill = np.array(speeds["prefill", arguments.k[0]])
+    machine = describe_machine(bench)
+    return [
+        {
+            "shape": arguments.shape,
+            "vocabulary": bench.config.vocab_size,
+            "route": route,
+            "k": 0 if route == "prefill" else k,
+            "prompts": arguments.prompts // FEWER_PROMPTS.get(route, 1),
+            "length": arguments.length,
+            "repeats": arguments.repeats,
+            "tok_s_median": round(float(np.median(speed))),
+            "tok_s_min": round(min(speed)),
+            "tok_s_max": round(max(speed)),
+            "ratio_median": round(float(np.median(np.array(speed) / prefill)), 4),
+            "store": arguments.store if "disk" in route else "",
+            **machine,
+        }
+        for (route, k), speed in speeds.items()
+    ]
+
+
+def describe_machine(bench: Bench) -> dict[str, Any]:
+    import torch
+    import triton
+
+    query = ["nvidia-smi", "--query-gpu=name,memory.used", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+        name, used = lines[0].rsplit(", ", 1)
+    except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
+        name, used = "no GPU", "0"
+    return {
+        "gpu": name,
+        "gpu_mib_used": used,
+        "engine_arguments": " ".join(bench.arguments.engine),
+        "vllm": bench.engine.version,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-8b")
+    parser.add_argument("--vocabulary", type=int, help="instead of the shape's own")
+    parser.add_argument("--k", type=int, nargs="+", default=[64])
+    parser.add_argument("--routes", default=",".join(ROUTES), help="comma-separated; prefill must be among them")
+    parser.add_argument("--prompts", type=int, default=192)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--documents-per-shard", type=int, default=16)
+    parser.add_argument("--store", default="zarr")
+    parser.add_argument("--profile", default=DEFAULT_PROFILE)
+    parser.add_argument("--sketch-profile", default="sketch")
+    parser.add_argument("--engine", nargs="*", default=[], metavar="NAME[=VALUE]", help="vLLM engine arguments")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "capture.csv")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(arguments, Path(folder))
+        try:
+            rows = measure(bench, arguments)
+        finally:
+            bench.engine.close()
+    is_new = not arguments.output.exists()
+    with arguments.output.open("a", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        if is_new:
+            table.writeheader()
+        table.writerows(rows)
+    for row in rows:
+        print(
+            f"{row['route']:12} k={row['k']:<4} {row['tok_s_median']:>9,} tok/s   {row['ratio_median']:.3f} of prefill"
+        )
+
+
+if __name__ == "__main__":
+    main()
