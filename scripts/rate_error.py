@@ -31,7 +31,7 @@ from numcodecs import Blosc
 from pcodec import ChunkConfig, standalone
 from rate_error_plot import draw
 from real_pair import RealPair
-from real_rows import RealRows, real_rows, whole_rows
+from real_rows import RealRows, masses_beyond, real_rows, whole_rows
 
 from storage_specs import arrow_store, zarr_chunks, zarr_store
 from storage_specs.codecs import Codec, RowValues, codec_of, encode_measured, l1_error
@@ -107,8 +107,7 @@ class Measurement:
         print({key: value for key, value in self.lines[-1].items() if key not in ("machine", "versions")}, flush=True)
 
     def _pair_values(self, k: int, rank_edges: np.ndarray | None = None) -> RowValues:
-        edges = [k] if rank_edges is None else rank_edges.tolist()
-        masses = {edge: self.loss.sorted_MU[:, edge:].sum(axis=1, dtype=np.float64) for edge in edges}
+        masses = masses_beyond(self.loss.sorted_MU, set() if rank_edges is None else set(rank_edges.tolist()))
         return RealRows(top=self.loss.sorted_MU, masses=masses, document_rows=[]).values(k, rank_edges)
 
     def _zarr_bytes(self, codec: Codec, arrays: dict[str, np.ndarray]) -> float:

@@ -44,21 +44,29 @@ class RealRows:
 
 def real_rows(pair: RealPair, count: int, edges: set[int]) -> RealRows:
     """The first `count` rows of Gemma-3-270M on Wikipedia; `edges`: ranks whose masses are wanted."""
-    tops, masses, lengths = [], {edge: [] for edge in edges}, []
+    tops, masses, lengths = [], [], []
     for sorted_NU in _teacher(pair):
         sorted_NU = sorted_NU[: count - sum(lengths)]
         tops.append(sorted_NU[:, :WIDEST].copy())
         lengths.append(len(sorted_NU))
-        for edge, parts in masses.items():
-            parts.append(sorted_NU[:, edge:].sum(axis=1, dtype=np.float64))
+        masses.append(masses_beyond(sorted_NU, edges))
         print(f"{sum(lengths)} rows", flush=True)
         if sum(lengths) == count:
             break
     return RealRows(
         top=np.concatenate(tops),
-        masses={edge: np.concatenate(parts) for edge, parts in masses.items()},
+        masses={edge: np.concatenate([part[edge] for part in masses]) for edge in edges},
         document_rows=lengths,
     )
+
+
+def masses_beyond(sorted_NU: np.ndarray, edges: set[int]) -> dict[int, np.ndarray]:
+    """{rank: (N,) float64 mass of the ranks beyond it} of whole sorted distributions."""
+    ranks = sorted(edges - {sorted_NU.shape[1]})
+    parts = [np.add.reduceat(row_U, ranks, dtype=np.float64) for row_U in sorted_NU]
+    beyond_NE = np.array(parts).reshape(len(sorted_NU), len(ranks))[:, ::-1].cumsum(axis=1)[:, ::-1]
+    masses = dict(zip(ranks, beyond_NE.T, strict=True))
+    return masses | {edge: np.zeros(len(sorted_NU)) for edge in edges - set(ranks)}
 
 
 def _teacher(pair: RealPair) -> Iterator[np.ndarray]:
