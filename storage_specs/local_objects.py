@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
+from storage_specs.confinement import open_inside
 from storage_specs.errors import (
     MissingObjectError,
     OutputFolderError,
@@ -28,30 +29,38 @@ _in_use: set[str] = set()
 
 
 class LocalObjects(Objects):
-    """Objects as files under a folder. An object appears whole or not at all, and stays after a power cut."""
+    """Objects as files under a folder. An object appears whole or not at all, and stays after a power cut.
+
+    Sizes and bytes come from regular files only: MalformedObjectError for symlinks, pipes and devices.
+    """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
 
     def size(self, name: str) -> int | None:
         try:
-            return (self.root / name).stat().st_size
+            descriptor = open_inside(self.root, name)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        try:
+            return os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
 
     def read(self, name: str) -> bytes:
         try:
-            return (self.root / name).read_bytes()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            with open(open_inside(self.root, name), "rb") as file:
+                return file.read()
+        except (FileNotFoundError, NotADirectoryError):
             raise self._missing(name) from None
 
     def read_range(self, name: str, offset: int, size: int) -> bytes:
         try:
-            with open(self.root / name, "rb") as file:
+            with open(open_inside(self.root, name), "rb") as file:
                 there = max(0, os.fstat(file.fileno()).st_size - offset)
                 file.seek(offset)
                 data = file.read(min(size, there))  # read() allocates what it is asked for
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        except (FileNotFoundError, NotADirectoryError):
             raise self._missing(name) from None
         check_length(name, offset, size, len(data), remedy_at(self.root))
         return data

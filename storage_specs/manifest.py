@@ -17,6 +17,7 @@ from storage_specs.stores import STORES, revision_mark
 
 NAME = "manifest.json"
 MAX_BYTES = 1_000_000
+MAX_OBJECT_BYTES = 1 << 30  # of plan, shard table, document table and vocabulary
 CACHE_ID = re.compile("[0-9a-f]{64}")
 COUNTS = ("documents", "rows", "end_rows", "empty_documents", "text_bytes", "unscored_bytes")
 
@@ -33,7 +34,7 @@ class Manifest:
     ids): the objects plan.json, shards.parquet, documents.parquet, vocabulary.parquet. config_digest: of the builder's
     settings. replaces: cache_ids of the caches that repairs of this one replaced, the latest last; empty in one as it
     was built. generation: how the teacher wrote the completions, and how many were `refused`; None where it scored
-    given texts.
+    given texts. text: whether the documents' texts are kept.
     """
 
     spec_version: int
@@ -59,6 +60,7 @@ class Manifest:
     config_digest: str
     replaces: list[str]
     generation: dict[str, Any] | None
+    text: bool
 
     @cached_property
     def row_shape(self) -> RowShape:
@@ -103,7 +105,7 @@ def read_manifest(objects: Objects) -> Manifest:
         return manifest_from_bytes(objects.read(NAME), remedy=remedy_at(objects.place))
     if objects.size(plan.NAME) is None:
         raise NotACacheError(f"{objects.place}: no cache here: expected {NAME}")
-    planned, _ = plan.plan_from_bytes(objects.read(plan.NAME))
+    planned, _ = plan.plan_from_bytes(objects.read_within(plan.NAME, plan.MAX_BYTES))
     shards = range(len(planned.shards))
     missing = sum(objects.size(record_name(shard)) is None for shard in shards)
     remedy = (
@@ -155,6 +157,9 @@ def _problem_of(manifest: Manifest) -> str | None:
     k, k_ids, vocab_size = sizes = (manifest.k, manifest.k_ids, manifest.vocab_size)
     if not all(type(size) is int for size in sizes) or not (0 <= k_ids <= k <= vocab_size <= 2**32 and k >= 1):
         return f"k, k_ids and vocab_size are {sizes}, but 0 <= k_ids <= k <= vocab_size <= 2^32 and k >= 1 must hold"
+    for stored in manifest.objects:
+        if stored.size > MAX_OBJECT_BYTES:
+            return f"{stored.name} has {stored.size} bytes, above the limit of {MAX_OBJECT_BYTES}"
     if manifest.store not in STORES:
         return f"store {manifest.store!r} is none of {', '.join(STORES)}"
     edges = manifest.row_shape.rank_edges
@@ -164,6 +169,8 @@ def _problem_of(manifest: Manifest) -> str | None:
         return f"rank_edges end at {edges[-1]}, but vocab_size is {vocab_size}"
     if (manifest.vocabulary is None) != (manifest.k_ids == 0):
         return "a vocabulary belongs to a cache exactly where ids do"
+    if type(manifest.text) is not bool:
+        return f"text is {manifest.text!r:.50}, but must be true or false"
     ids = manifest.replaces
     if not isinstance(ids, list) or not all(isinstance(item, str) and CACHE_ID.fullmatch(item) for item in ids):
         return "replaces must be a list of cache_ids"

@@ -74,9 +74,10 @@ class PlannedCache:
         """
         finished = self.manifest
         if finished is not None:
-            table = shard_table.table_from_object(self.objects.fetch(finished.shards))
+            table = shard_table.table_from_object(self.objects.fetch(finished.shards), finished.counts["documents"])
+            sizes = dict(self.objects.list())
             for stored in chain.from_iterable(table.objects):
-                self.objects.check_size(stored)
+                self.objects.check_size(stored, sizes)
             return []
         revisions = record_revisions(self.objects)
         missing = []
@@ -189,7 +190,7 @@ class PlannedCache:
                     f"{root} holds something else ({some}); nothing was touched; choose an empty or new output folder"
                 )
             return
-        theirs = objects.read(plan_json.NAME)
+        theirs = objects.read_within(plan_json.NAME, plan_json.MAX_BYTES)
         if theirs != plan_to_bytes(self.plan, self.config):
             plan, config = plan_from_bytes(theirs, f"{root}/{plan_json.NAME}")
             raise CacheMismatchError(

@@ -11,6 +11,8 @@ from storage_specs.shard_bytes import EncodedObject, Parts
 from storage_specs.stored_object import REMEDY, StoredObject, remedy_at
 from storage_specs.stores import stem_of
 
+MAX_BYTES = 1 << 26  # some 700,000 documents
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord:
@@ -92,7 +94,9 @@ def read_record(objects: Objects, shard: int, revision: int = 0, stored: StoredO
     Raises CorruptCacheError's kinds, SpecVersionError.
     """
     name = record_name(shard, revision)
-    data = objects.read(name) if stored is None else objects.fetch(stored)
+    if stored is not None and stored.size > MAX_BYTES:
+        raise MalformedObjectError(f"{name}: {stored.size} bytes, above the limit of {MAX_BYTES}")
+    data = objects.read_within(name, MAX_BYTES) if stored is None else objects.fetch(stored)
     record, stem = ShardRecord.from_bytes(data, name, remedy_at(objects.place)), f"{stem_of(shard, revision)}."
     if record.name != name or not all(item.name.startswith(stem) for item in record.objects):
         raise MalformedObjectError(f"{name}: it is the record of another shard")
@@ -110,8 +114,7 @@ def verified_record(
         record = read_record(objects, shard, revision)
         if record.config_digest != config_digest or doc_ids not in (None, record.planned_ids):
             return None
-        for stored in record.objects:
-            objects.fetch(stored)
+        objects.fetch_all(record.objects)
     except (CorruptCacheError, SpecVersionError):
         return None
     return record
