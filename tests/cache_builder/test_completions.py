@@ -14,11 +14,11 @@ from cache_builder.engines.base import WindowScores
 from cache_builder.engines.generating import Generation, StopStrings
 from cache_builder.engines.transformers_generate import draw
 from cache_builder.prompts import prompt_document
-from cache_builder.records import Record
 from cache_builder.sampling import Sampling
 from storage_specs.document import Document, completion_document
 from storage_specs.errors import ConfigError, CorpusError
 from storage_specs.generated import generation_record, prompt_of
+from storage_specs.records import Record
 
 SMILE = "😀".encode()
 WORDS: list[bytes | None] = [b"<end>", b" Paris", b".\n", SMILE[:2], SMILE[2:], b"", None, "é".encode() + SMILE[:1]]
