@@ -3,7 +3,6 @@
 Nothing here reads weights into memory; that is left to the engine, and only when a shard is missing.
 """
 
-import hashlib
 import json
 import re
 from contextlib import suppress
@@ -11,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage_specs.document import canonical_json
 from storage_specs.errors import ConfigError, TokenizerError
+from storage_specs.model_identity import WEIGHT_PATTERNS, file_digest, weights_digest
 from storage_specs.rendering import chat_template_digest
 from storage_specs.vocabulary import special_roles, tokenizer_digest
 
 DTYPES = ("float32", "bfloat16", "float16")
-WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")  # the first that matches
 OTHER_FORMATS = ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.pt", "*.pth", "original/*", "onnx/*"]
 
 
@@ -102,8 +100,8 @@ def find_teacher(
         dtype=_dtype(dtype, config),
         max_positions=getattr(text_config, "max_position_embeddings", None),
         vocab_size=text_config.vocab_size,
-        weights_digest=None if weightless else weights_digest(folder),
-        config_digest=hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
+        weights_digest=None if weightless else _weights_digest(folder),
+        config_digest=file_digest(folder / "config.json"),
         tokenizer=tokenizer_object,
         chat_template=_template(chat_template_file, tokenizer_object),
     )
@@ -146,21 +144,11 @@ def endpoint_teacher(
     )
 
 
-def weights_digest(folder: Path) -> str:
-    """sha256 over the weight files' names and sha256, sorted by name. Raises ConfigError if there are none."""
-    files = next(filter(None, (sorted(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS)), [])
-    if not files:
+def _weights_digest(folder: Path) -> str:
+    digest = weights_digest(folder)
+    if digest is None:
         raise ConfigError(f"teacher {folder}: no weight files ({' or '.join(WEIGHT_PATTERNS)}) in this folder")
-    return hashlib.sha256(canonical_json([[file.name, _file_digest(file)] for file in files])).hexdigest()
-
-
-def _file_digest(file: Path) -> str:
-    """sha256 of a file; the hub's download cache already keeps large files under that name."""
-    blob = file.resolve()
-    if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
-        return blob.name
-    with file.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
+    return digest
 
 
 def _local_folder(name: str, revision: str | None) -> tuple[Path, str | None]:

@@ -62,13 +62,17 @@ class CachedDocuments(Dataset[CachedDocument]):
                     self._read(shard, indices.epoch)
             return [self._open[shard].document(number) for shard, number in places if shard in self._open]
 
-    def sample(self, count: int) -> list[CachedDocument]:
-        """The first documents, without those of shards in quarantine."""
-        found = []
+    def sample(self, count: int, skip_broken: bool = False) -> list[CachedDocument]:
+        """The first documents; skip_broken: without those of shards that do not verify, which raise otherwise."""
+        found, broken = [], set()
         for index in range(min(count, len(self))):
-            one = MicroBatch([index])
-            one.open_shards = (self.place_of(index)[0],)
-            found += self.__getitems__(one)
+            shard, _ = self.place_of(index)
+            try:
+                found += [] if shard in broken else [self[index]]
+            except CorruptCacheError:
+                if not skip_broken:
+                    raise
+                broken.add(shard)
         return found
 
     def place_of(self, index: int) -> tuple[int, int]:
@@ -85,7 +89,7 @@ class CachedDocuments(Dataset[CachedDocument]):
 
     def _read(self, shard: int, epoch: int) -> None:
         try:
-            self._open[shard] = self.cache.reader.columns(shard)
+            self._open[shard] = self.cache.read_columns(shard)
         except CorruptCacheError as error:
             if self.quarantine is None:
                 raise

@@ -1,4 +1,7 @@
-"""Which model a folder holds: a digest of what decides its outputs, so that other weights under the same path show."""
+"""Which model a folder holds: digests of what decides its outputs, so that other weights under the same path show.
+
+One rule for both rooms: a manifest names its teacher by `weights_digest`, a training run its student by `model_digest`.
+"""
 
 import hashlib
 import re
@@ -9,11 +12,17 @@ from storage_specs.document import canonical_json
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")  # the first that matches
 
 
-def model_digest(folder: Path) -> str:
-    """sha256 over the names and sha256 of config.json and the weight files. Raises OSError where one cannot be read."""
-    weights = next(filter(None, (sorted(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS)), [])
-    files = [folder / "config.json", *weights]
+def weights_digest(folder: Path) -> str | None:
+    """sha256 over the weight files' names and sha256, sorted by name; None where there are none. Raises OSError."""
+    files = next(filter(None, (sorted(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS)), [])
+    if not files:
+        return None
     return hashlib.sha256(canonical_json([[file.name, file_digest(file)] for file in files])).hexdigest()
+
+
+def model_digest(folder: Path) -> str:
+    """sha256 over config.json's and the weights' digests. Raises OSError where a file cannot be read."""
+    return hashlib.sha256(canonical_json([file_digest(folder / "config.json"), weights_digest(folder)])).hexdigest()
 
 
 def file_digest(file: Path) -> str:

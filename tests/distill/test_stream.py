@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,7 @@ def decoded(monkeypatch):
 def test_a_process_decodes_a_shard_once_an_epoch(many_shards_path, decoded, ranks, grouped):
     documents = CachedDocuments(many_shards_path)
     lengths = documents.text_bytes if grouped else None
+    served = []
     for rank in range(ranks):
         batches = EpochBatches(
             documents.documents_per_shard, documents=4 // ranks, ranks=ranks, rank=rank, seed=3, lengths=lengths
@@ -54,12 +56,12 @@ def test_a_process_decodes_a_shard_once_an_epoch(many_shards_path, decoded, rank
         for epoch in range(2):
             batches.set_epoch(epoch)
             decoded.clear()
-            served = 0
             for micro_batch in batches:
-                served += len(documents.__getitems__(micro_batch))
+                served += [document.doc_id for document in documents.__getitems__(micro_batch)]
                 assert len(documents._open) <= MIXED + 1
-            assert len(decoded) == len(set(decoded)) == 12
-            assert served in (len(documents) // ranks, -(-len(documents) // ranks))
+            assert len(decoded) == len(set(decoded))
+            assert len(decoded) == 12 or ranks > 1  # a rank may need nothing of a shard
+    assert sorted(served) == sorted(2 * [documents[n].doc_id for n in range(len(documents))])
 
 
 def test_training_decodes_no_more_than_the_stream(many_shards_path, student_path, tmp_path, decoded):
@@ -67,7 +69,10 @@ def test_training_decodes_no_more_than_the_stream(many_shards_path, student_path
     decoded.clear()
     one.train()
     assert one.state.global_step == 2 * one.batches.steps
-    assert sorted(decoded) == sorted([*range(12)] * 2)
+    assert set(decoded) == set(range(12))
+    # What is still open when an epoch ends may open the next one.
+    assert 2 * 12 - (MIXED + 1) <= len(decoded) <= 2 * 12
+    assert max(Counter(decoded).values()) <= 2
 
 
 def test_documents_are_the_same_by_any_way(many_shards_path):
@@ -234,7 +239,7 @@ def test_the_record_of_a_run_names_what_was_lost(many_shards_path, student_path,
     path = shutil.copytree(many_shards_path, tmp_path / "cache")
     break_shard(path, 7)
     flags = command(path, student_path, tmp_path / "out", "--num_train_epochs", "1", "--max_steps", "-1")
-    with pytest.raises(CorruptCacheError, match="quarantine"):
+    with pytest.raises(CorruptCacheError, match="crc32c"):
         main(flags)
     assert main([*flags, "--on_corrupt", "quarantine"]) == 0
     record = json.loads((tmp_path / "out" / RECORD).read_bytes())
