@@ -24,10 +24,12 @@ PATIENCE = 15.0  # seconds for a replica to leave, its engine's own processes in
 def replicas(recipe: Recipe, size: int, gpus: int) -> Iterator["ReplicaPool"]:
     """`size` replicas with `gpus` GPUs each, gone afterwards. Raises ConfigError where there are not enough GPUs."""
     pool = ReplicaPool(recipe, size, gpus)
+    patience = 0.5
     try:
         yield pool
+        patience = PATIENCE  # they have nothing to do, and leave by themselves; vLLM takes a while
     finally:
-        pool.close()
+        pool.close(patience)
 
 
 class ReplicaPool:
@@ -69,12 +71,12 @@ class ReplicaPool:
                     self.news.append((worker, None, EngineError(f"replica {worker} died with exit code {code}")))
         return self.news.pop(0)
 
-    def close(self) -> None:
-        """End all replicas, in order where they have nothing to do, else in the middle of what they do."""
+    def close(self, patience: float) -> None:
+        """End all replicas: those that have not left after `patience` seconds, in the middle of what they do."""
         for pipe in self.pipes:
             pipe.close()
         for process in self.processes:
-            process.join(0.5)
+            process.join(patience)
             if process.is_alive():
                 os.kill(process.pid, signal.SIGINT)
         for process in self.processes:

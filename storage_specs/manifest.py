@@ -184,6 +184,8 @@ def _problem_of(manifest: Manifest) -> str | None:
         return f"rank_edges are {manifest.rank_edges!r:.100}, but those of its codec are {edges!r:.100}"
     if edges is not None and edges[-1] != vocab_size:
         return f"rank_edges end at {edges[-1]}, but vocab_size is {vocab_size}"
+    if manifest.generation is not None and not isinstance(manifest.generation, dict):
+        return "generation must be an object, or null where texts were scored"
     if (manifest.vocabulary is None) != (manifest.k_ids == 0):
         return "a vocabulary belongs to a cache exactly where ids do"
     if type(manifest.text) is not bool:

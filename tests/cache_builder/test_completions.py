@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cache_builder.records import Record
 
 from cache_builder.completions import completed
 from cache_builder.engines.base import WindowScores
@@ -19,6 +18,7 @@ from cache_builder.sampling import Sampling
 from storage_specs.document import Document, completion_document
 from storage_specs.errors import ConfigError, CorpusError
 from storage_specs.generated import generation_record, prompt_of
+from storage_specs.records import Record
 
 SMILE = "😀".encode()
 WORDS: list[bytes | None] = [b"<end>", b" Paris", b".\n", SMILE[:2], SMILE[2:], b"", None, "é".encode() + SMILE[:1]]
