@@ -7,7 +7,8 @@ tokenizer is not needed: the cache holds its vocabulary as bytes.
 
 `equal_bytes` keeps of this only the ids of which the first token is all: " Zürich" is then nobody's word. It says
 nothing wrong and finds less (of the real pair's top 64 on English text 89.3 % of the teacher's mass instead of 92.7 %);
-a student that drops bytes (WordPiece's spaces) needs `first_token`. `same_words` is for a student with the teacher's own tokenizer.
+a student that drops bytes (WordPiece's spaces) needs `first_token`. `same_words` is for a student with the teacher's
+own tokenizer.
 
 Legend: U teacher vocabulary, N rows, I ranks whose ids are cached.
 """
