@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,9 +80,10 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def begin(output_dir: Path, run: dict[str, Any]) -> bool:
+def begin(output_dir: Path, run: dict[str, Any], replaced: Collection[str] = ()) -> bool:
     """Take the output folder for this run, or find it finished. True = there is something left to do.
 
+    replaced: cache_ids that count as this run's, because its cache is a repair of theirs.
     Raises OutputFolderError for a folder of other things, CheckpointError for one of another run (cache, weights, ...).
     """
     record = read_record(output_dir)
@@ -96,7 +97,7 @@ def begin(output_dir: Path, run: dict[str, Any]) -> bool:
             "touched: name a new or empty folder"
         )
     if record is not None:
-        _check_same_run(output_dir, record["run"], run)
+        _check_same_run(output_dir, record["run"], run, replaced)
     return record is None or not record["finished"]
 
 
@@ -106,15 +107,15 @@ def last_whole_checkpoint(output_dir: Path) -> Path | None:
     return next((path for path in reversed(numbered) if (path / RECORD).exists()), None)
 
 
-def check_checkpoint(checkpoint: Path, run: dict[str, Any]) -> None:
-    """Raises CheckpointError unless the checkpoint is whole and belongs to this run."""
+def check_checkpoint(checkpoint: Path, run: dict[str, Any], replaced: Collection[str] = ()) -> None:
+    """Raises CheckpointError unless the checkpoint is whole and belongs to this run. replaced: as of `begin`."""
     record = read_record(checkpoint)
     if record is None:
         raise CheckpointError(
             f"checkpoint {checkpoint} has no {RECORD}: it was not written to its end, or not by this Trainer; "
             "leave out --resume_from_checkpoint to resume from the last whole one"
         )
-    _check_same_run(checkpoint, record["run"], run)
+    _check_same_run(checkpoint, record["run"], run, replaced)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -133,10 +134,12 @@ def remove_old_checkpoints(output_dir: Path, keep: int, spare: str | None) -> No
             shutil.rmtree(path)
 
 
-def _check_same_run(place: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_same_run(place: Path, before: dict[str, Any], now: dict[str, Any], replaced: Collection[str]) -> None:
+    if before.get("cache_id") in replaced:
+        before = before | {"cache_id": now["cache_id"]}
     different = [f"{name} {before.get(name)!r}, now {now.get(name)!r}" for name in now if before.get(name) != now[name]]
     if different:
         raise CheckpointError(
             f"{place} belongs to another run ({'; '.join(different)}): repeat that run's flags to resume it, or name "
-            "another --output_dir"
+            "another --output_dir (where only cache_id differs and the cache was repaired: --accept_repaired)"
         )

@@ -80,6 +80,9 @@ class DistillationConfig(TrainingArguments):
             "and list them in quarantine.jsonl"
         },
     )
+    accept_repaired: bool = field(
+        default=False, metadata={"help": "resume on a repair of the cache that the run began with"}
+    )
     # Batches hold documents, not columns; nothing may be removed from them.
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "must stay false: batches are whole documents"}

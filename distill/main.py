@@ -24,7 +24,7 @@ SUMMARY = {
     "bench": "how fast a cache is read on this machine",
 }
 RUN = ("model_name_or_path", "cache", "corpus", "cache_dir", "cache_bytes", "dtype")
-EXPECTED = ("cache_id", "teacher_name", "teacher_tokenizer_digest")
+EXPECTED = ("cache_id", "teacher_name", "teacher_tokenizer_digest", "corpus_digest")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -110,6 +110,7 @@ def train_parser() -> Parser:
     )
     add("--packing", action="store_true", help="several windows in one row of max_length tokens, kept apart")
     add("--on_corrupt", metavar="DO", help="a shard that breaks: stop with a checkpoint | quarantine it (stop)")
+    add("--accept_repaired", action="store_true", help="resume on a repair of the cache that the run began with")
     add("--max_steps", metavar="N", help="optimisation steps; without it --num_train_epochs (3) counts")
     add("--per_device_train_batch_size", metavar="N", help="documents per micro-batch and process (8)")
     add("--gradient_accumulation_steps", metavar="N", help="micro-batches per optimisation step (1)")

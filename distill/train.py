@@ -33,17 +33,17 @@ NOT_THE_RUN = re.compile(
     "output_dir|log_.*|logging_.*|disable_tqdm|report_to|run_name|project|trackio_.*|debug|skip_memory_metrics|"
     "save_.*|enable_jit_checkpoint|resume_from_checkpoint|restore_callback_states_from_checkpoint|push_to_hub|hub_.*|"
     "eval_.*|per_device_eval_batch_size|prediction_loss_only|include_.*|batch_eval_metrics|load_best_model_at_end|"
-    "metric_for_best_model|greater_is_better|do_.*|dataloader_(?!drop_last).*|on_corrupt|gradient_checkpointing.*|"
-    "torch_empty_cache_steps|max_eval_documents|probe_steps|use_cpu|local_rank|ddp_.*|average_tokens_across_devices|"
-    "per_device_train_batch_size|gradient_accumulation_steps"
+    "metric_for_best_model|greater_is_better|do_.*|dataloader_(?!drop_last).*|on_corrupt|accept_repaired|"
+    "gradient_checkpointing.*|torch_empty_cache_steps|max_eval_documents|probe_steps|use_cpu|local_rank|ddp_.*|"
+    "average_tokens_across_devices|per_device_train_batch_size|gradient_accumulation_steps"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
-    """One training run. `expected` names what the cache must be: any of cache_id, teacher_name and
-    teacher_tokenizer_digest. corpus, cache_dir, cache_bytes: see `open_cache`. dtype: of the weights in memory
-    (`bf16=True` of the config is mixed precision instead).
+    """One training run. `expected` names what the cache must be: any of cache_id, teacher_name,
+    teacher_tokenizer_digest and corpus_digest. corpus, cache_dir, cache_bytes: see `open_cache`. dtype: of the weights
+    in memory (`bf16=True` of the config is mixed precision instead).
     """
 
     model_name_or_path: str
@@ -77,7 +77,8 @@ def train(run: TrainingRun) -> dict[str, Any]:
     documents = CachedDocuments(cache)
     check_cache(documents.cache.manifest, run.expected or {}, run.cache)
     identity = _identity(run, documents.cache.manifest)
-    if not begin(output_dir, identity):
+    replaced = documents.cache.manifest.replaces if config.accept_repaired else ()
+    if not begin(output_dir, identity, replaced):
         say(config, f"{output_dir} holds the finished model of this very run: nothing to do")
         return {"run": identity, "finished": True}
     tokenizer = load_tokenizer(run.model_name_or_path)
@@ -162,6 +163,7 @@ def check_cache(manifest: Manifest, expected: dict[str, str], place: str | Path)
         "cache_id": manifest.cache_id,
         "teacher_name": manifest.teacher.get("name"),
         "teacher_tokenizer_digest": manifest.tokenizer.get("digest"),
+        "corpus_digest": manifest.corpus.get("digest"),
     }
     for name, value in expected.items():
         if found[name] != value:

@@ -275,7 +275,8 @@ class CachedDistillationTrainer(Trainer):
             if resume_from_checkpoint is None:
                 raise CheckpointError(f"no whole checkpoint in {self.args.output_dir}: train without resuming")
         if resume_from_checkpoint:
-            check_checkpoint(Path(resume_from_checkpoint), self.run)
+            replaced = self.train_dataset.cache.manifest.replaces if self.args.accept_repaired else ()
+            check_checkpoint(Path(resume_from_checkpoint), self.run, replaced)
         if self.args.mixture.of_teacher and self.comparison is None:
             self.comparison = compare(
                 self.train_dataset.sample(SAMPLE_DOCUMENTS, self.args.on_corrupt == "quarantine"), self.data_collator

@@ -3,10 +3,11 @@
     python scripts/bench_reader.py [--distillkit CHECKOUT] [--rows 600000] [--output scripts/results/reader.csv]
     python scripts/bench_reader.py --rows 20000 --output /dev/null     # a minute, once the real rows are made
 
-Rows are those of Gemma-3-270M (`real_documents.py`: some 9,000, made on the first call), whole documents repeated in ever
-new orders until there are enough; no inner chunk, page group or block is long enough to see a row twice and compress
-it away. Both sides run in this process, on one thread; rates are per second of processor time, kernel included.
-`--distillkit` takes a clone of github.com/arcee-ai/DistillKit, which is on no package registry. New rows are appended.
+Rows are those of Gemma-3-270M (`real_documents.py`: some 9,000, made on the first call), whole documents repeated in
+ever new orders until there are enough; no inner chunk, page group or block is long enough to see a row twice and
+compress it away. Both sides run in this process, on one thread; rates are per second of processor time, kernel
+included. `--distillkit` takes a clone of github.com/arcee-ai/DistillKit, which is on no package registry. New rows are
+appended.
 """
 
 import argparse
@@ -135,7 +136,7 @@ def _rate(spread: Spread) -> dict[str, object]:
     return {"rows_per_second": spread.median, "rows_per_second_p10": spread.p10, "rows_per_second_p90": spread.p90}
 
 
-FIELDS = [
+FIELDS = (
     "what",
     "rows",
     "bytes_per_row",
@@ -156,7 +157,7 @@ FIELDS = [
     "numcodecs",
     "pyarrow",
     "numpy",
-]
+)
 
 
 def main() -> None:
@@ -178,17 +179,15 @@ def main() -> None:
         row = {"rows": count, **row, **machine}
         row = {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in row.items()}
         found.append(row)
-        print(
-            f"{row['what']:75}{row['bytes_per_row']:8.1f} B/row {row['rows_per_second'] / 1e6:8.3f} M rows/s",
-            flush=True,
-        )
+        speed = row["rows_per_second"] / 1e6
+        print(f"{row['what']:75}{row['bytes_per_row']:8.1f} B/row {speed:8.3f} M rows/s", flush=True)
 
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         folder = Path(scratch)
         for store in ("zarr", "arrow"):
             write_cache(folder / store, store, documents, arguments.profile)
             for ids in (False, True):
-                what = f"ours, {store}, {arguments.profile}, everything{f' and ids of {K_IDS} ranks' if ids else ' but ids'}"
+                what = f"ours, {store}, {arguments.profile}, {f'ids of {K_IDS} ranks' if ids else 'ids unread'}"
                 figures = bench_reader(folder / store, ids=ids, repeats=REPEATS)
                 note(ours(folder / store, figures, what), figures.rows)
         baselines: list[Baseline] = [RawNumpy(), ParquetLists(with_ids=False), ParquetLists(), PackedIds()]

@@ -63,6 +63,9 @@ class MemoryObjects(Objects):
     def sweep(self) -> None:
         raise NotImplementedError
 
+    def age(self, name: str) -> float | None:
+        raise NotImplementedError
+
 
 def some_cache(folder: Path, store: str, profile: str, seed: int, words: int) -> dict[str, bytes]:
     """A cache's files: two shards, each of long documents of every kind and an empty one, with ids."""

@@ -46,6 +46,9 @@ def encode(shard: StoredShard, wanted: ShardArrays, stem: str) -> dict[str, Enco
         "messages": [canonical_json(messages_to_json(document)).decode() for document in shard.documents],
         "metadata": [canonical_json(document.metadata).decode() for document in shard.documents],
     }
+    header = sum(len(text.encode()) for text in strings["messages"] + strings["metadata"])
+    if header > MAX_HEADER_BYTES:
+        raise ValueError(f"messages and metadata have {header} bytes, above {MAX_HEADER_BYTES}; use smaller shards")
     columns = {name: pa.array(values, pa.string()) for name, values in strings.items()}
     groups = _groups(shard.document_rows)
     contents = {}

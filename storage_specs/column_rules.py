@@ -11,8 +11,10 @@ from storage_specs.codecs.base import RowValues, refuse_bad
 from storage_specs.columns import Columns, RowShape
 from storage_specs.document import CachedDocument, Document
 from storage_specs.stored_shard import ShardSize
+from storage_specs.strict_json import MAX_DEPTH, depth_exceeds
 
 GOLD_LIMIT = 1e-3  # nats; float32 softmax may put a log-probability a little above 0
+INSIDE = 4  # lists and objects that a store puts around what a document brings
 MOST_PER_SHARD = 2**31 - 1  # values (rows * k), and bytes of text: what Parquet's lists and strings can hold
 
 
@@ -34,6 +36,8 @@ def problem_of(columns: Columns, vocab_size: int, *, text: bool = True) -> str |
 
 def input_problem(document: CachedDocument, shape: RowShape) -> str | None:
     """What in a document's arrays cannot be stored, if anything. `problem_of` checks the rest, on columns."""
+    if depth_exceeds([document.metadata, *(message.extra for message in document.messages)], MAX_DEPTH - INSIDE):
+        return f"metadata or a message's fields are nested deeper than {MAX_DEPTH - INSIDE}"
     rows = len(document.segment)
     expected = {
         "segment": ((rows,), np.int64),

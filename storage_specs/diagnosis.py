@@ -112,7 +112,7 @@ def _without_manifest(objects: Objects, supposed_plan: bytes | None) -> Diagnosi
         records=tuple(records),
         restorable=restorable,
         vocabulary_lost=config["vocabulary_digest"] is not None
-        and not (names and _is_vocabulary(objects.read(names[-1]), config)),
+        and not (names and _is_vocabulary(objects.read_within(names[-1], manifest_json.MAX_OBJECT_BYTES), config)),
         renewed=False,
     )
 

@@ -131,7 +131,7 @@ def _vocabulary(objects: Objects, config: dict[str, Any], revision: int) -> Stor
     names = [vocabulary_table.name_of(number) for number in range(revision, -1, -1)]
     name = next((name for name in names if objects.size(name) is not None), names[-1])
     try:
-        data = objects.read(name)
+        data = objects.read_within(name, manifest_json.MAX_OBJECT_BYTES)
         stored = vocabulary_table.vocabulary_from_bytes(data, config["vocab_size"])
     except MissingObjectError:
         raise MissingObjectError(f"{objects.place}: {name} is missing; {_RESUME}") from None

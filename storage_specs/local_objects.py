@@ -129,7 +129,7 @@ class LocalObjects(Objects):
             if age is None or size is None:  # renamed into place by now
                 continue
             ours = host == socket.gethostname()
-            if path.name not in _in_use and (not _alive(process) if ours else age > grace):
+            if path.name not in _in_use and (not process_is_alive(process) if ours else age > grace):
                 yield name, size
 
     def sweep(self, grace: float = math.inf) -> None:
@@ -151,6 +151,9 @@ class LocalObjects(Objects):
         with writing(folder):
             if self.root.exists() and not self.root.is_dir():
                 raise OutputFolderError(f"{self.root} is a file, not a folder; choose another output folder")
+            inside = [step for step in (folder, *folder.parents) if step != self.root and self.root in step.parents]
+            if any(step.is_symlink() for step in inside):  # readers would refuse it, and it may lead anywhere
+                raise OutputFolderError(f"{folder} is or lies behind a symlink; choose another output folder")
             missing = [step for step in (folder, *folder.parents) if not step.exists()]
             folder.mkdir(parents=True, exist_ok=True)
         return {step.parent for step in missing}
@@ -218,7 +221,7 @@ def _owner(name: str) -> tuple[str, int]:
     return host, int(process) if process.isdecimal() else 0
 
 
-def _alive(process: int) -> bool:
+def process_is_alive(process: int) -> bool:
     """Whether another process of this host has that id. Our own id on a file not in use means an earlier process."""
     if process in (0, os.getpid()):
         return False

@@ -19,6 +19,12 @@ NAME = "manifest.json"
 MAX_BYTES = 1_000_000
 MAX_OBJECT_BYTES = 1 << 30  # of plan, shard table, document table and vocabulary
 CACHE_ID = re.compile("[0-9a-f]{64}")
+CODEC_KEYS = {"profile", "parameters", "bound_l1_error", "max_l1_error", "p99_l1_error", "mean_l1_error"}
+_TYPES = {
+    **dict.fromkeys(("teacher", "tokenizer", "engine", "windows", "corpus", "codec", "held_out", "counts"), dict),
+    **dict.fromkeys(("chat_template", "generation"), dict | None),
+    "config_digest": str,
+}
 COUNTS = ("documents", "rows", "end_rows", "empty_documents", "text_bytes", "unscored_bytes")
 
 
@@ -151,6 +157,15 @@ def _check_length(length: int, place: str) -> None:
 
 
 def _problem_of(manifest: Manifest) -> str | None:
+    for name, kinds in _TYPES.items():
+        if not isinstance(getattr(manifest, name), kinds):
+            return f"{name} is {getattr(manifest, name)!r:.100}"
+    for name, keys in (("corpus", {"digest", "documents"}), ("held_out", {"rule", "documents"}), ("codec", CODEC_KEYS)):
+        if set(getattr(manifest, name)) != keys:
+            return f"{name} must have {', '.join(sorted(keys))}"
+    errors = [manifest.codec[key] for key in CODEC_KEYS if key.endswith("_l1_error")]
+    if not all(type(error) in (int, float) and error >= 0 for error in errors):
+        return f"the L1 errors of codec are {errors!r:.200}"
     counts = manifest.counts
     if set(counts) != set(COUNTS) or not all(type(count) is int and count >= 0 for count in counts.values()):
         return f"counts must be {', '.join(COUNTS)}"

@@ -159,13 +159,16 @@ class Cache:
             raise IndexError(f"shard {shard} of a cache of {len(self.documents_per_shard)}")
         columns = self._held.get(shard)
         if columns is None:
-            columns = self._with_texts(self.reader.columns(shard), int(self.table.first_document[shard]))
-            self._held[shard] = columns
+            columns = self._held[shard] = self.read_columns(shard)
         with suppress(KeyError):  # another thread may have let go of it
             self._held.move_to_end(shard)
             while len(self._held) > DECODED_SHARDS_KEPT:
                 self._held.popitem(last=False)
         return columns
+
+    def read_columns(self, shard: int) -> Columns:
+        """One shard, verified, decoded and not kept. Raises the kinds of CorruptCacheError, and CorpusError."""
+        return self._with_texts(self.reader.columns(shard), int(self.table.first_document[shard]))
 
     @cached_property
     def doc_ids(self) -> list[str]:

@@ -23,6 +23,7 @@ from storage_specs.errors import (
     StoreUnavailableError,
     StoreUnsupportedError,
 )
+from storage_specs.local_objects import WRITING_FOLDER
 from storage_specs.objects import Objects
 from storage_specs.store_errors import beyond_the_end, misconfigured, no_bucket, refusal_of, said
 from storage_specs.stored_object import StoredObject, check_length, remedy_at
@@ -96,9 +97,12 @@ class RemoteObjects(Objects):
                 pages = None  # the next attempt goes on behind the last name
                 raise
 
+        hidden = () if prefix.startswith(WRITING_FOLDER) else f"{WRITING_FOLDER}/"
         while (found := self._ask(prefix, page, PAUSES)) is not None:
             last = found[-1]["path"]
-            yield from ((item["path"], item["size"]) for item in found if item["path"].startswith(prefix))
+            for item in found:
+                if item["path"].startswith(prefix) and not item["path"].startswith(hidden):
+                    yield item["path"], item["size"]
 
     @in_living_process
     def fetch(self, stored: StoredObject) -> bytes:

@@ -1,6 +1,7 @@
 """A shard's commit record, `shards/000000.json`, its last object: where record and objects verify, it is complete."""
 
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any
 
 from storage_specs.errors import CorruptCacheError, MalformedObjectError, SpecVersionError
@@ -37,6 +38,19 @@ class ShardRecord:
     replaces: tuple[str, ...] = ()
     generation: dict[str, Any] | None = None
 
+    def _check_types(self) -> None:
+        """Raises ValueError where a field has another type, or documents another number, than any record's."""
+        per_document = (self.document_rows, self.document_text_bytes)
+        counts = (self.shard, self.end_rows, self.unscored_bytes, *chain(*per_document))
+        texts = (self.config_digest, *self.doc_ids, *self.replaces)
+        if not (
+            all(type(count) is int and 0 <= count < 2**63 for count in counts)
+            and all(isinstance(text, str) for text in texts)
+            and all(len(sizes) == len(self.doc_ids) for sizes in per_document)
+            and isinstance(self.generation, dict | None)
+        ):
+            raise ValueError("a field is not of its type, or documents are counted differently")
+
     @property
     def planned_ids(self) -> tuple[str, ...]:
         """What the plan lists for this shard: its documents, or the prompts that they answer."""
@@ -70,7 +84,9 @@ class ShardRecord:
             value["l1_errors"] = L1Errors.from_json(value["l1_errors"])
             for key in ("doc_ids", "document_rows", "document_text_bytes", "replaces"):
                 value[key] = tuple(value[key])
-            return cls(**value)
+            record = cls(**value)
+            record._check_types()
+            return record
         except CorruptCacheError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:

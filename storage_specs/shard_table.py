@@ -8,7 +8,7 @@ Legend: D documents of the cache, S shards.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,22 +29,27 @@ if TYPE_CHECKING:
 NAME = "shards.parquet"
 DOCUMENTS_NAME = "documents.parquet"
 SHARDS_PER_ROW_GROUP = 1024
+SHARDS_KEPT = 64  # whose objects' descriptions stay as Python objects
 MAX_OBJECTS = 128  # of one shard
 MAX_DESCRIPTION_BYTES = 128  # of an object's name, size and crc32c
 MAX_L1_BYTES = 1 << 13  # of a shard's L1 errors as JSON: their histogram has some 320 bins
 
 
 class StoredObjects(Sequence[tuple[StoredObject, ...]]):
-    """For each shard all its objects, its commit record last; made when they are asked for, not kept."""
+    """For each shard all its objects, its commit record last; made when they are asked for, the last few kept."""
 
     def __init__(self, column: "pa.ListArray") -> None:
         self._column = column
+        self._of_shard = lru_cache(SHARDS_KEPT)(self._made)
 
     def __len__(self) -> int:
         return len(self._column)
 
     def __getitem__(self, shard: int) -> tuple[StoredObject, ...]:
         """Raises MalformedObjectError."""
+        return self._of_shard(shard)
+
+    def _made(self, shard: int) -> tuple[StoredObject, ...]:
         objects = tuple(StoredObject.from_json(item, NAME) for item in self._column[shard].as_py())
         stem = objects[-1].name.removesuffix(".json") if objects else ""
         if not re.fullmatch(rf"{stem_of(shard)}(\.r[1-9][0-9]{{0,8}})?", stem) or not all(

@@ -14,13 +14,14 @@ MAX_DEPTH = 64  # of lists and objects inside one another; a chat's tool schemas
 
 def strict_json(data: bytes | str) -> Any:
     """The value. Raises ValueError, also for UTF-8 that is none."""
+    text = data if isinstance(data, str) else data.decode("utf8")
     try:
-        value = json.loads(data, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite)
+        value = _DECODER.decode(text)
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH}") from None
-    if depth_exceeds(value):
+    if text.count("[") + text.count("{") > MAX_DEPTH and depth_exceeds(value):
         raise ValueError(f"nested deeper than {MAX_DEPTH}")
-    if ("\\u" if isinstance(data, str) else b"\\u") in data:
+    if "\\u" in text:
         canonical_json(value)  # raises UnicodeEncodeError, a ValueError, for half a surrogate pair
     return value
 
@@ -56,3 +57,6 @@ def _finite(text: str) -> float:
     if value in (float("inf"), float("-inf")):
         raise ValueError(f"{text:.50} is too large for a number")
     return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite)

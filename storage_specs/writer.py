@@ -14,7 +14,7 @@ from storage_specs.l1_errors import L1Errors
 from storage_specs.plan import Plan
 from storage_specs.planned_cache import PlannedCache
 from storage_specs.settings import CacheSettings
-from storage_specs.shard_record import ShardRecord, described
+from storage_specs.shard_record import MAX_BYTES, ShardRecord, described
 from storage_specs.stores import shard_store, stem_of
 from storage_specs.textless import stripped
 from storage_specs.vocabulary_table import vocabulary_to_bytes
@@ -85,4 +85,8 @@ def encoded_shard(
         replaces=replaces,
         generation=generation,
     )
+    if len(record.to_bytes()) > MAX_BYTES:
+        raise InvalidDocumentError(
+            f"shard {shard}: {len(documents)} documents are too many for one commit record; use smaller shards"
+        )
     return record, {name: item.data for name, item in contents.items()}

@@ -54,6 +54,11 @@ def encode(path: str, values: np.ndarray, spec: ArraySpec, longest: int) -> dict
     return objects
 
 
+def check_group(source: ShardBytes, path: str) -> None:
+    """Raises ValueError unless the metadata at `path` are those of a Zarr v3 group."""
+    _metadata(source, path, "group")
+
+
 def length_of(source: ShardBytes, path: str) -> int:
     """The length of a one-dimensional array, as its metadata claim it."""
     shape = _metadata(source, path).get("shape")
@@ -117,14 +122,14 @@ def _dimensions(spec: ArraySpec) -> tuple[str, ...]:
     return ("row",) if spec.width is None else ("row", "rank")
 
 
-def _metadata(source: ShardBytes, path: str) -> dict[str, Any]:
+def _metadata(source: ShardBytes, path: str, node: str = "array") -> dict[str, Any]:
     size = source.size(f"{path}/zarr.json")
     if size > MAX_METADATA_BYTES:
         raise ValueError(f"{path}/zarr.json has {size} bytes, above the limit of {MAX_METADATA_BYTES}")
     data = source.read(f"{path}/zarr.json")
     metadata = strict_json(bytes(data))
-    if not isinstance(metadata, dict) or (metadata.get("zarr_format"), metadata.get("node_type")) != (3, "array"):
-        raise ValueError(f"{path} is no Zarr v3 array")
+    if not isinstance(metadata, dict) or (metadata.get("zarr_format"), metadata.get("node_type")) != (3, node):
+        raise ValueError(f"{path} is no Zarr v3 {node}")
     return metadata
 
 

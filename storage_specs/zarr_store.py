@@ -50,7 +50,12 @@ def encode(shard: StoredShard, wanted: ShardArrays, stem: str) -> dict[str, Enco
     ]
     prefix = f"{stem}{SUFFIX}/"
     contents = {f"{prefix}zarr.json": EncodedObject(zarr_chunks.GROUP)}
-    for spec, data in ((DOCUMENTS, b"\n".join(lines)), (TEXT, b"".join(texts))):
+    header = b"\n".join(lines)
+    if len(header) > MAX_HEADER_BYTES:
+        raise ValueError(
+            f"messages and metadata have {len(header)} bytes, above {MAX_HEADER_BYTES}; use smaller shards"
+        )
+    for spec, data in ((DOCUMENTS, header), (TEXT, b"".join(texts))):
         values = np.frombuffer(data, np.uint8)
         contents |= zarr_chunks.encode(f"{prefix}{spec.name}", values, spec, BYTES_PER_CHUNK)
     for spec in wanted.arrays:
@@ -65,6 +70,8 @@ def decode(source: ShardBytes, stem: str, wanted: ShardArrays, size: ShardSize, 
 
     Types, shapes and sizes are compared with what is expected before anything is allocated. Raises ValueError.
     """
+
+    zarr_chunks.check_group(source, f"{stem}{SUFFIX}")
 
     def read(spec: ArraySpec, length: int, start: int, stop: int) -> np.ndarray:
         return zarr_chunks.decode(source, f"{stem}{SUFFIX}/{spec.name}", spec, length, start, stop)

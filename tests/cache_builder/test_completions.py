@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cache_builder.records import Record
 
 from cache_builder.completions import completed
 from cache_builder.engines.base import WindowScores
 from cache_builder.engines.generating import Generation, StopStrings
 from cache_builder.engines.transformers_generate import draw
 from cache_builder.prompts import prompt_document
-from cache_builder.records import Record
 from cache_builder.sampling import Sampling
 from storage_specs.document import Document, completion_document
 from storage_specs.errors import ConfigError, CorpusError

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distill.checkpoint import RECORD, begin, last_whole_checkpoint, saving, write_record
+from distill.checkpoint import RECORD, begin, check_checkpoint, last_whole_checkpoint, saving, write_record
 from distill.main import main
 from distill.students import load_model, load_tokenizer
 from distill.train import make_config
@@ -55,7 +55,9 @@ def command(cache_path, student_path, output_dir, *more: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"]], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["bench", "--help"]], ids=str
+)
 def test_help_imports_nothing_heavy(arguments):
     code = f"import sys; from distill.main import main\ntry: main({arguments!r})\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'transformers', 'numpy', 'pyarrow', 'zarr'} & set(sys.modules), sys.modules"
@@ -101,6 +103,7 @@ def test_errors_come_before_the_model_is_loaded(cache_path, student_path, tmp_pa
         (CacheMismatchError, "teacher_name", flags("--teacher-name", "another")),
         (CacheMismatchError, "cache_id", flags("--cache_id", "0" * 64)),
         (CacheMismatchError, "teacher_tokenizer_digest", flags("--teacher_tokenizer_digest", "0")),
+        (CacheMismatchError, "corpus_digest", flags("--corpus_digest", "0")),
         (NotACacheError, "nowhere", flags(cache=tmp_path / "nowhere")),
         (OutputFolderError, "thesis.tex", flags(out=foreign)),
         (ConfigError, "learning_rate", flags("--lerning_rate", "1")),
@@ -308,6 +311,20 @@ def test_a_full_disk_is_one_line_and_the_same_command_resumes(cache_path, studen
 def test_a_killed_writers_leftover_does_not_lock_the_folder(tmp_path):
     (tmp_path / f".{RECORD}").touch()
     assert begin(tmp_path, {"cache_id": "any"})
+
+
+def test_a_repaired_cache_is_accepted_when_told_so(tmp_path):
+    before, now = {"cache_id": "a", "seed": 1}, {"cache_id": "c", "seed": 1}
+    for folder in (tmp_path, tmp_path / "checkpoint-3"):
+        write_record(folder, {"run": before, "finished": False})
+    with pytest.raises(CheckpointError, match="--accept_repaired"):
+        begin(tmp_path, now)
+    with pytest.raises(CheckpointError, match="cache_id"):
+        check_checkpoint(tmp_path / "checkpoint-3", now, replaced=["b"])
+    assert begin(tmp_path, now, replaced=["a", "b"])
+    check_checkpoint(tmp_path / "checkpoint-3", now, replaced=["a", "b"])
+    with pytest.raises(CheckpointError, match="seed"):
+        begin(tmp_path, now | {"seed": 2}, replaced=["a"])
 
 
 def test_values_are_typed_as_training_arguments_are(tmp_path):

@@ -10,7 +10,7 @@ from small_caches import some_documents, some_settings, write_cache
 
 from storage_specs import open_cache
 from storage_specs.confinement import open_inside
-from storage_specs.errors import CorruptCacheError, MalformedObjectError
+from storage_specs.errors import CorruptCacheError, MalformedObjectError, OutputFolderError
 
 
 def content(root: Path, name: str) -> bytes:
@@ -69,3 +69,16 @@ def test_a_cache_with_a_symlink_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cache/shards").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CorruptCacheError, match=r"shards is a symlink .*cp -rL"):
         open_cache(tmp_path / "cache")[0]
+
+
+def test_nothing_is_written_through_a_symlinked_folder(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/shards").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputFolderError, match="behind a symlink"):
+        write_cache(tmp_path / "cache", some_documents(3), some_settings("arrow"))
+    assert not list((tmp_path / "elsewhere").iterdir())
+    (tmp_path / "link").symlink_to(tmp_path / "real")  # the root itself may be one
+    (tmp_path / "real").mkdir()
+    write_cache(tmp_path / "link", some_documents(3), some_settings("arrow"))
+    assert len(open_cache(tmp_path / "link")) == 3

@@ -49,7 +49,7 @@ def test_layout_and_manifest(tmp_path: Path, store: str) -> None:
     if store == "arrow":
         assert names == top | {shard + suffix for shard in shards for suffix in SUFFIXES}
     else:
-        assert all(f"{shard}.zarr/probs/c/0/0" in names for shard in shards)
+        assert all(f"{shard}.zarr/gap/c/0" in names for shard in shards)
     assert manifest.counts == {
         "documents": 7,
         "rows": sum(len(document.segment) for document in documents),
