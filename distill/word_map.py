@@ -6,8 +6,9 @@ are not UTF-8 (parts of a character) map to the student's token of the same byte
 tokenizer is not needed: the cache holds its vocabulary as bytes.
 
 `equal_bytes` keeps of this only the ids of which the first token is all: " Zürich" is then nobody's word. It says
-nothing wrong and finds less (on the real pair 88.7 % of the teacher's mass instead of 91.5 %); a student that drops
-bytes (WordPiece's spaces) needs `first_token`. `same_words` is for a student with the teacher's own tokenizer.
+nothing wrong and finds less (of the real pair's top 64 on English text 89.3 % of the teacher's mass instead of 92.7 %);
+a student that drops bytes (WordPiece's spaces) needs `first_token`. `same_words` is for a student with the teacher's
+own tokenizer.
 
 Legend: U teacher vocabulary, N rows, I ranks whose ids are cached.
 """

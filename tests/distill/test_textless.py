@@ -32,6 +32,7 @@ def corpus(documents, tmp_path_factory) -> Path:
 def train(cache: Path, student: Path, output: Path, *more: str) -> dict:
     command = ["train", "--model_name_or_path", str(student), "--cache", str(cache), "--output_dir", str(output)]
     flags = ["--max_length", "48", "--per_device_train_batch_size", "4", "--max_steps", "3"]
+    flags += ["--loss", "ce:1,uld:1.5,mapped:1"]
     assert main([*command, *flags, "--use_cpu", "--save_strategy", "no", *more]) == 0
     return load_file(output / "model.safetensors")
 
