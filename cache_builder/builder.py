@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cache_builder.corpus import read_corpus
 from cache_builder.dispatch import dispatch
 from cache_builder.engines import choose_engine, make_engine
 from cache_builder.engines.base import Engine, EngineConfig, check_window
@@ -25,6 +24,7 @@ from cache_builder.sampling import Sampling
 from cache_builder.shard_worker import Recipe, ShardWorker, make_prompt
 from cache_builder.teacher import Teacher, endpoint_teacher, find_teacher
 from storage_specs.codecs import PROFILES, sketch
+from storage_specs.corpus import read_corpus
 from storage_specs.document import KINDS, TOOL_ROLES, Document
 from storage_specs.errors import ConfigError
 from storage_specs.lease import lease
@@ -52,7 +52,8 @@ class BuildConfig:
     k None: 64, or 16 in the profile sketch, which keeps the rest as tail_bins masses (None: 20). k_ids None: 16, or k
     where that is less. max_model_len None: the model's own, at most 4,096 tokens.
     window_overlap None: an eighth of max_model_len, in tokens. shard_range: first and last + 1, None for no end.
-    extend: a cache whose shards the new one takes over; documents that it holds are not scored again.
+    extend: a cache whose shards the new one takes over; documents that it holds are not scored again. no_text: keep of
+    documents only ids and byte ranges; whoever reads the cache must have the corpus.
     mode, temperature to max_tokens: see `Sampling`, which has the defaults; for mode generate only. base_url to
     vocab_size: see `ServerEngine` and `endpoint_teacher`; for engine server only. launcher: where the
     data_parallel_size replicas run, on this machine (local) or as actors of a Ray cluster (ray). engine_arguments:
@@ -85,6 +86,7 @@ class BuildConfig:
     score_roles: tuple[str, ...] = ("assistant",)
     shard_range: tuple[int, int | None] | None = None
     extend: str | None = None
+    no_text: bool = False
     mode: str = "score"
     temperature: float | None = None
     top_p: float | None = None
@@ -421,6 +423,7 @@ def _settings(
         vocab_size=teacher.vocab_size,
         store=config.store,
         profile=config.profile,
+        text=not config.no_text,
         parameters={} if engine.config.rank_edges is None else {"rank_edges": list(engine.config.rank_edges)},
         windows={
             "max_model_len": engine.config.max_model_len,

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from cache_builder.corpus import conversation_of, metadata_of, require_text
-from cache_builder.records import Record, read_records
+from storage_specs.corpus import conversation_of, metadata_of, require_text
 from storage_specs.document import Document, Message, chat_document
 from storage_specs.encoding import encode
 from storage_specs.errors import ChatTemplateError, CorpusError
+from storage_specs.records import Record, read_records
 from storage_specs.rendering import prefix_ids
 
 FIELDS = ("messages", "prompt", "completion")

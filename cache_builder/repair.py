@@ -82,7 +82,7 @@ def _diagnosis(
 def settings_of(config: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
     """Fields of `BuildConfig` by the settings of a cache, overridden by those that were given."""
     template, generation = config["chat_template"] or {}, config["generation"]
-    own = {name: config[name] for name in ("k", "k_ids", "store", "profile")}
+    own = {name: config[name] for name in ("k", "k_ids", "store", "profile")} | {"no_text": not config["text"]}
     if "rank_edges" in config["parameters"]:
         own["tail_bins"] = len(config["parameters"]["rank_edges"]) - 1
     own |= {

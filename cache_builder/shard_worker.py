@@ -44,7 +44,7 @@ class Recipe:
     sampling: Sampling | None = None
 
     def writer(self) -> CacheWriter:
-        """Claims the folder, or finds the same plan there. Raises what `CacheWriter` raises."""
+        """Of the place, which is free or holds the same plan. Raises what `CacheWriter` raises."""
         return CacheWriter(self.output, self.settings, self.plan)
 
 

@@ -89,7 +89,7 @@ class CachedDocuments(Dataset[CachedDocument]):
 
     def _read(self, shard: int, epoch: int) -> None:
         try:
-            self._open[shard] = self.cache.reader.columns(shard)
+            self._open[shard] = self.cache.read_columns(shard)
         except CorruptCacheError as error:
             if self.quarantine is None:
                 raise

@@ -3,6 +3,7 @@
     distill train --model_name_or_path HuggingFaceTB/SmolLM2-135M --cache my-cache --output_dir student
     distill align-report --cache my-cache --student HuggingFaceTB/SmolLM2-135M --html report.html
     distill evaluate --cache my-cache --model before=HuggingFaceTB/SmolLM2-135M --model after=student
+    distill bench reader my-cache
 
 Nothing heavy is imported before a command runs, so that --help answers at once.
 """
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distill.bench import bench
 from storage_specs.command_line import Parser, nearest, parse, run
 from storage_specs.errors import ConfigError
 
@@ -19,8 +21,9 @@ SUMMARY = {
     "train": "train a student on a cache; the same command resumes",
     "align-report": "what a student would learn from a cache, and where not, before anything is trained",
     "evaluate": "held-out bits per byte of students and of the teacher",
+    "bench": "how fast a cache is read on this machine",
 }
-RUN = ("model_name_or_path", "cache", "cache_dir", "cache_bytes", "dtype")
+RUN = ("model_name_or_path", "cache", "corpus", "cache_dir", "cache_bytes", "dtype")
 EXPECTED = ("cache_id", "teacher_name", "teacher_tokenizer_digest", "corpus_digest")
 
 
@@ -35,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     command, rest = arguments[0], arguments[1:]
     if command not in SUMMARY:
         raise ConfigError(f"distill: unknown command {command!r}{nearest(command, SUMMARY)}")
-    return {"train": _train, "align-report": _align_report, "evaluate": _evaluate}[command](rest)
+    return {"train": _train, "align-report": _align_report, "evaluate": _evaluate, "bench": bench}[command](rest)
 
 
 def entry() -> None:
@@ -54,6 +57,7 @@ def train_parser() -> Parser:
     add = parser.add_argument
     add("--model_name_or_path", required=True, metavar="MODEL", help="hub name or local folder of the student")
     add("--cache", required=True, metavar="PLACE", help="a finished cache: folder or URL (s3://, gs://, az://, hf://)")
+    add("--corpus", metavar="PATH", help="the texts of a cache that keeps none: what it was built from")
     add("--cache_dir", metavar="DIR", help="keep on this disk what is read of a remote cache ($TEACH_ONCE_CACHE_DIR)")
     add("--cache_bytes", type=int, metavar="N", help="at most that much of it ($TEACH_ONCE_CACHE_BYTES, 32 GiB)")
     add("--output_dir", required=True, metavar="DIR", help="checkpoints and the trained student")
@@ -129,6 +133,7 @@ def evaluate_parser() -> Parser:
     )
     add = parser.add_argument
     add("--cache", required=True, metavar="PLACE", help="a finished cache: folder or URL (s3://, gs://, az://, hf://)")
+    add("--corpus", metavar="PATH", help="the texts of a cache that keeps none: what it was built from")
     add(
         "--model",
         required=True,
@@ -153,6 +158,7 @@ def align_report_parser() -> Parser:
     )
     add = parser.add_argument
     add("--cache", required=True, metavar="PLACE", help="a finished cache: folder or URL (s3://, gs://, az://, hf://)")
+    add("--corpus", metavar="PATH", help="the texts of a cache that keeps none: what it was built from")
     add("--student", required=True, metavar="MODEL", help="hub name or folder; only its tokenizer is loaded")
     add("--html", type=Path, metavar="FILE", help="write the report as one HTML file")
     add("--json", action="store_true", help="print one JSON object")
@@ -171,8 +177,10 @@ def _align_report(arguments: Sequence[str]) -> int:
     from distill.dataset import CachedDocuments
     from distill.report_format import as_html, as_text
     from distill.students import load_tokenizer
+    from storage_specs.reader import open_cache
 
-    documents = CachedDocuments(namespace.cache, documents=namespace.max_documents)
+    cache = open_cache(namespace.cache, corpus=namespace.corpus)
+    documents = CachedDocuments(cache, documents=namespace.max_documents)
     facts = alignment_report(
         documents,
         load_tokenizer(namespace.student),
@@ -219,9 +227,10 @@ def _evaluate(arguments: Sequence[str]) -> int:
     template = None if namespace.chat_template is None else _read(namespace.chat_template)
     template_kwargs = _json_object("--chat_template_kwargs", namespace.chat_template_kwargs)
     from distill.evaluate import evaluate, table, write_figures
+    from storage_specs.reader import open_cache
 
     figures = evaluate(
-        namespace.cache,
+        open_cache(namespace.cache, corpus=namespace.corpus),
         models,
         max_length=namespace.max_length,
         batch_size=namespace.batch_size,

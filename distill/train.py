@@ -42,13 +42,14 @@ NOT_THE_RUN = re.compile(
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
     """One training run. `expected` names what the cache must be: any of cache_id, teacher_name,
-    teacher_tokenizer_digest and corpus_digest. cache_dir, cache_bytes: see `open_cache`. dtype: of the weights in
-    memory (`bf16=True` of the config is mixed precision instead).
+    teacher_tokenizer_digest and corpus_digest. corpus, cache_dir, cache_bytes: see `open_cache`. dtype: of the weights
+    in memory (`bf16=True` of the config is mixed precision instead).
     """
 
     model_name_or_path: str
     cache: str | Path
     config: DistillationConfig
+    corpus: str | Path | None = None
     cache_dir: str | Path | None = None
     cache_bytes: int | None = None
     dtype: str = "float32"
@@ -66,8 +67,14 @@ def train(run: TrainingRun) -> dict[str, Any]:
     checkpoint was saved on Ctrl-C.
     """
     config, output_dir = run.config, Path(run.config.output_dir)
-    needs_ids = config.mixture.needs_ids
-    documents = CachedDocuments(open_cache(run.cache, needs_ids, cache_dir=run.cache_dir, cache_bytes=run.cache_bytes))
+    cache = open_cache(
+        run.cache,
+        config.mixture.needs_ids,
+        corpus=run.corpus,
+        cache_dir=run.cache_dir,
+        cache_bytes=run.cache_bytes,
+    )
+    documents = CachedDocuments(cache)
     check_cache(documents.cache.manifest, run.expected or {}, run.cache)
     identity = _identity(run, documents.cache.manifest)
     replaced = documents.cache.manifest.replaces if config.accept_repaired else ()

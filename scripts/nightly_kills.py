@@ -7,7 +7,7 @@ The teacher is a random model of two layers under Gemma's real tokenizer (262,14
 engine. Every trial is a forked process, in which nothing is left to import; so is every resumption. A first,
 undisturbed build tells when each phase begins and how long it lasts. A trial draws a phase, a random moment of all the
 time spent in it, waits until the phase is there, sleeps the rest, and sends SIGKILL. Counted is the phase in which the
-signal really came: the process notes it in shared memory.
+signal really came: the process notes it in shared memory (of several that go on at once, the one aimed at).
 
     plan      corpus, teacher, settings, what is there already; and plan.json
     score     the teacher at work
@@ -32,6 +32,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -51,7 +52,7 @@ import transformers
 
 from cache_builder import builder
 from cache_builder.builder import BuildConfig, build
-from cache_builder.shard_worker import ShardWorker
+from cache_builder.engines.transformers import TransformersEngine
 from cache_builder.teacher import Teacher
 from storage_specs import planned_cache, writer
 from storage_specs.errors import NotACacheError
@@ -65,65 +66,65 @@ PATIENCE = 120.0  # seconds, for a machine that does other things, too
 
 
 class Clock:
-    """Shared memory of a build and its killer: the phase that the build is in, and how often each has begun."""
+    """Shared memory of a build and its killer: how often each phase has begun, and in how many threads it goes on."""
 
     def __init__(self) -> None:
-        self.memory = mmap.mmap(-1, 1 + len(PHASES))
+        self.memory = mmap.mmap(-1, 2 * len(PHASES))
 
     def reset(self) -> None:
         self.memory[:] = bytes(len(self.memory))
 
-    @property
-    def phase(self) -> str:
-        return PHASES[self.memory[0]]
-
     def begun(self, phase: str) -> int:
-        """How often the phase has begun."""
-        return self.memory[1 + PHASES.index(phase)]
+        return self.memory[PHASES.index(phase)]
+
+    def active(self) -> list[str]:
+        """The phases that go on: while one shard is written, the next one is scored."""
+        return [phase for number, phase in enumerate(PHASES) if self.memory[len(PHASES) + number]]
 
     def enter(self, phase: str) -> None:
-        number = PHASES.index(phase)
-        self.memory[0] = number
-        self.memory[1 + number] += 1
+        self.memory[PHASES.index(phase)] += 1
+        self.memory[len(PHASES) + PHASES.index(phase)] += 1
+
+    def leave(self, phase: str) -> None:
+        self.memory[len(PHASES) + PHASES.index(phase)] -= 1
 
 
 class Watched:
-    """In the forked process: tells the clock which phase begins, and notes when each began and ended."""
+    """In the forked process: tells the clock which phases begin and end, and notes when."""
 
     def __init__(self, clock: Clock) -> None:
-        self.clock, self.stack = clock, []
+        self.clock, self.lock = clock, threading.Lock()
         self.spans: list[tuple[str, float, float]] = []
-        self.enter("plan")
+        self.planning: float | None = time.monotonic()
+        clock.enter("plan")
+        for place, name, phase in (
+            (TransformersEngine, "_score", "score"),
+            (writer, "encoded_shard", "encode"),
+            (PlannedCache, "commit_shard", "commit"),
+            (PlannedCache, "claim", "plan"),
+            (planned_cache, "commit", "manifest"),
+        ):
+            setattr(place, name, self.wrapped(getattr(place, name), phase))
 
-    def enter(self, phase: str) -> None:
-        self.stack.append((phase, time.monotonic()))
-        self.clock.enter(phase)
-
-    def leave(self) -> None:
-        phase, started = self.stack.pop()
-        self.spans.append((phase, started, time.monotonic()))
-        if self.stack:
-            self.clock.memory[0] = PHASES.index(self.stack[-1][0])
-
-    def wrap(self, place: Any, name: str, phase: str) -> None:
-        """Every call of a function is one stretch of the phase."""
-        real = getattr(place, name)
+    def wrapped(self, real: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        """Every call of the function is one stretch of the phase; the first one of any ends the planning."""
 
         def call(*arguments: Any, **options: Any) -> Any:
-            self.enter(phase)
+            started = time.monotonic()
+            with self.lock:
+                if self.planning is not None:
+                    self.spans.append(("plan", self.planning, started))
+                    self.planning = None
+                    self.clock.leave("plan")
+                self.clock.enter(phase)
             try:
                 return real(*arguments, **options)
             finally:
-                self.leave()
+                with self.lock:
+                    self.spans.append((phase, started, time.monotonic()))
+                    self.clock.leave(phase)
 
-        setattr(place, name, call)
-
-    def everything(self) -> None:
-        self.wrap(ShardWorker, "cached", "score")
-        self.wrap(writer, "encoded_shard", "encode")
-        self.wrap(PlannedCache, "commit_shard", "commit")
-        self.wrap(PlannedCache, "claim", "plan")
-        self.wrap(planned_cache, "commit", "manifest")
+        return call
 
 
 def forked(work: Callable[[], Any], kill: Callable[[int], None] | None = None) -> Any:
@@ -187,7 +188,8 @@ class Trials:
         return number, chance.uniform(0, seconds)
 
     def trial(self, chance: random.Random, phase: str, clean: bool) -> dict[str, Any]:
-        """{"hit": the phase that was killed or "none", "same": bool, "orphans": objects that gc removed, or None}."""
+        """{"hit": the phase that was killed, "between" two, or "none"; "same": bool; "orphans": objects that gc
+        removed, or None}."""
         output = self.folder / "trial"
         number, delay = self.moment(chance, phase)
         self.clock.reset()
@@ -200,7 +202,9 @@ class Trials:
             os.kill(process, signal.SIGKILL)
 
         survived = forked(partial(_build, self.config, output, self.clock), kill) is not None
-        hit, orphans = "none" if survived else self.clock.phase, None
+        active = self.clock.active()
+        hit = "none" if survived else phase if phase in active else next(iter(active), "between")
+        orphans = None
         if clean:
             try:
                 orphans = len(forked(partial(_clean, output)))
@@ -228,12 +232,8 @@ class Trials:
 
 def _build(config: BuildConfig, output: Path, clock: Clock) -> list[tuple[str, float, float]]:
     watched = Watched(clock)
-    watched.everything()
     build(dataclasses.replace(config, output=output))
-    watched.leave()
-    total = watched.spans.pop()  # the outermost: before the first shard it is what `plan` has beside claiming
-    inner = [started for _, started, _ in watched.spans]
-    return [(total[0], total[1], min(inner, default=total[2])), *watched.spans]
+    return watched.spans
 
 
 def _clean(output: Path) -> list[str]:
@@ -312,7 +312,7 @@ def main() -> None:
         print({phase: round(length, 3) for phase, length in seconds.items()}, flush=True)
         results = trials.run(arguments.trials, arguments.seed, lambda result: print(result, flush=True))
     rows = []
-    for phase in (*PHASES, "none"):
+    for phase in (*PHASES, "between", "none"):
         of_phase = [result for result in results if result["hit"] == phase]
         rows.append(
             {

@@ -11,7 +11,6 @@ zstd pages with checksums, row groups of whole documents.
 Legend: D documents, T rows of one document, N rows of all of them.
 """
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,9 +19,10 @@ import numpy as np
 from storage_specs.codecs.base import ArraySpec
 from storage_specs.document import canonical_json
 from storage_specs.document_json import document_from_json, messages_to_json
-from storage_specs.parquet import read_rows, table_to_object
+from storage_specs.parquet import Room, read_rows, table_to_object
 from storage_specs.shard_bytes import EncodedObject, ShardBytes
-from storage_specs.stored_shard import Selection, ShardArrays, ShardSize, StoredShard
+from storage_specs.stored_shard import MAX_HEADER_BYTES, Selection, ShardArrays, ShardSize, StoredShard
+from storage_specs.strict_json import strict_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,6 +32,7 @@ IDS = ".ids"
 IN_IDS = frozenset({"id_low", "id_high"})
 STRINGS = ("kind", "text", "messages", "metadata")
 ROWS_PER_GROUP = 8192
+MOST_GROUPS = 100  # of a file: its footer must be small
 CODING = "BYTE_STREAM_SPLIT"  # of all numbers but bools
 
 
@@ -45,6 +46,9 @@ def encode(shard: StoredShard, wanted: ShardArrays, stem: str) -> dict[str, Enco
         "messages": [canonical_json(messages_to_json(document)).decode() for document in shard.documents],
         "metadata": [canonical_json(document.metadata).decode() for document in shard.documents],
     }
+    header = sum(len(text.encode()) for text in strings["messages"] + strings["metadata"])
+    if header > MAX_HEADER_BYTES:
+        raise ValueError(f"messages and metadata have {header} bytes, above {MAX_HEADER_BYTES}; use smaller shards")
     columns = {name: pa.array(values, pa.string()) for name, values in strings.items()}
     groups = _groups(shard.document_rows)
     contents = {}
@@ -67,10 +71,14 @@ def decode(source: ShardBytes, stem: str, wanted: ShardArrays, size: ShardSize, 
     lengths, arrays, strings = {}, {}, {}
     for name, specs in _files(wanted).items():
         schema = _schema(specs, () if name else STRINGS)
-        table = read_rows(source, f"{stem}{name}{SUFFIX}", schema, selection.documents, size.documents)
+        table = read_rows(
+            source, f"{stem}{name}{SUFFIX}", schema, _room(specs, size), selection.documents, size.documents
+        )
         strings |= {string: table[string].to_pylist() for string in (() if name else STRINGS)}
         for spec in specs:
             lengths[spec.name], arrays[spec.name] = _flat(table[spec.name], spec)
+    if any(text is None for texts in strings.values() for text in texts):
+        raise ValueError("a string is null")
     document_rows = lengths[wanted.arrays[0].name]
     if any(not np.array_equal(found, document_rows) for found in lengths.values()):
         raise ValueError("the arrays of a document have different numbers of rows")
@@ -80,7 +88,7 @@ def decode(source: ShardBytes, stem: str, wanted: ShardArrays, size: ShardSize, 
         raise ValueError(f"its documents have (rows, bytes of text) {found}, expected {expected}")
     return StoredShard(
         documents=tuple(
-            document_from_json(kind, text, json.loads(messages), json.loads(metadata))
+            document_from_json(kind, text, strict_json(messages), strict_json(metadata))
             for kind, text, messages, metadata in zip(*strings.values(), strict=True)
         ),
         document_rows=document_rows,
@@ -104,8 +112,9 @@ def _files(wanted: ShardArrays) -> dict[str, list[ArraySpec]]:
 
 
 def _groups(document_rows: np.ndarray) -> list[int]:
-    """How many documents each row group holds: about ROWS_PER_GROUP rows, at least one document."""
-    group_D = (np.cumsum(document_rows) - document_rows) // ROWS_PER_GROUP
+    """How many documents each row group holds: about ROWS_PER_GROUP rows (more in large shards), at least one."""
+    rows_per_group = max(ROWS_PER_GROUP, -(-int(document_rows.sum()) // MOST_GROUPS))
+    group_D = (np.cumsum(document_rows) - document_rows) // rows_per_group
     return np.unique(group_D, return_counts=True)[1].tolist()
 
 
@@ -114,6 +123,17 @@ def _schema(specs: Sequence[ArraySpec], strings: Sequence[str]) -> "pa.Schema":
 
     lists = [(spec.name, pa.list_(_element(spec))) for spec in specs]
     return pa.schema([*((name, pa.string()) for name in strings), *lists])
+
+
+def _room(specs: Sequence[ArraySpec], size: ShardSize) -> Room:
+    """What each column of a shard may take."""
+    most = {"kind": 16 * size.documents, "text": size.text_bytes}
+    room = {name: (most.get(name, MAX_HEADER_BYTES), size.documents) for name in STRINGS}
+    for spec in specs:
+        width = spec.width or 1
+        values = size.rows * (1 if spec.rank_major else width)
+        room[spec.name] = (size.rows * width * spec.dtype.itemsize, values + size.documents)
+    return room
 
 
 def _element(spec: ArraySpec) -> "pa.DataType":
@@ -156,7 +176,7 @@ def _flat(column: "pa.ChunkedArray", spec: ArraySpec) -> tuple[np.ndarray, np.nd
 def _table(source: ShardBytes, name: str, column: str, most: int) -> np.ndarray:
     import pyarrow as pa
 
-    table = read_rows(source, name, pa.schema([(column, pa.uint32())]), most=most)
+    table = read_rows(source, name, pa.schema([(column, pa.uint32())]), {column: (4 * most, most)}, most=most)
     if table[column].null_count:
         raise ValueError(f"{name} has nulls")
     return table[column].to_numpy()

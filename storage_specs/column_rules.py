@@ -11,8 +11,10 @@ from storage_specs.codecs.base import RowValues, refuse_bad
 from storage_specs.columns import Columns, RowShape
 from storage_specs.document import CachedDocument, Document
 from storage_specs.stored_shard import ShardSize
+from storage_specs.strict_json import MAX_DEPTH, depth_exceeds
 
 GOLD_LIMIT = 1e-3  # nats; float32 softmax may put a log-probability a little above 0
+INSIDE = 4  # lists and objects that a store puts around what a document brings
 MOST_PER_SHARD = 2**31 - 1  # values (rows * k), and bytes of text: what Parquet's lists and strings can hold
 
 
@@ -23,16 +25,19 @@ def size_problem(size: ShardSize, shape: RowShape) -> str | None:
     return None
 
 
-def problem_of(columns: Columns, vocab_size: int) -> str | None:
+def problem_of(columns: Columns, vocab_size: int, *, text: bool = True) -> str | None:
     """What makes documents and rows no valid shard, if anything: the rules that hold for every shard ever written.
 
-    The values' own rules are the codec's (`Codec.problem_of`).
+    The values' own rules are the codec's (`Codec.problem_of`). text: whether the documents have theirs.
     """
-    return message_problem(columns.documents) or _place_problem(columns) or _scalar_problem(columns, vocab_size)
+    problem = message_problem(columns.documents, text=text)
+    return problem or _place_problem(columns) or _scalar_problem(columns, vocab_size)
 
 
 def input_problem(document: CachedDocument, shape: RowShape) -> str | None:
     """What in a document's arrays cannot be stored, if anything. `problem_of` checks the rest, on columns."""
+    if depth_exceeds([document.metadata, *(message.extra for message in document.messages)], MAX_DEPTH - INSIDE):
+        return f"metadata or a message's fields are nested deeper than {MAX_DEPTH - INSIDE}"
     rows = len(document.segment)
     expected = {
         "segment": ((rows,), np.int64),
@@ -62,8 +67,11 @@ def input_problem(document: CachedDocument, shape: RowShape) -> str | None:
     return None if len(document.probs) == rows else f"probs must have {rows} rows, found {len(document.probs)}"
 
 
-def message_problem(documents: Sequence[Document]) -> str | None:
-    """Messages must tile the text at character boundaries: then (segment, byte) names one place."""
+def message_problem(documents: Sequence[Document], *, text: bool = True) -> str | None:
+    """Messages must tile the text at character boundaries: then (segment, byte) names one place.
+
+    Where the documents are without `text`, messages must still follow one another.
+    """
     for number, document in enumerate(documents):
         data, position = document.text.encode(), 0
         for message in document.messages:
@@ -72,7 +80,9 @@ def message_problem(documents: Sequence[Document]) -> str | None:
             position = message.byte_end
             if position < len(data) and data[position] & 0xC0 == 0x80:
                 return f"document {number}: a message ends inside a character, at byte {position}"
-        if position != len(data):
+        if not text and (data or document.metadata):
+            return f"document {number}: it has text or metadata, in a cache without"
+        if text and position != len(data):
             return f"document {number}: messages cover {position} bytes of a text of {len(data)}"
     return None
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from storage_specs import manifest as manifest_json
 from storage_specs import plan, shard_table
 from storage_specs.errors import CacheMismatchError, CorruptCacheError, OutputFolderError
+from storage_specs.lease import lease
 from storage_specs.manifest import Manifest, read_manifest
 from storage_specs.objects import Objects, open_objects
 from storage_specs.shard_table import ShardTable
@@ -35,29 +36,33 @@ def copy_cache(
     """Copy a finished cache; at most one shard of it is in memory. `progress(done, all)`: in bytes, after every shard.
 
     Raises, of the source, what `open_cache` raises; of the target, OutputFolderError (it holds something else),
-    CacheMismatchError (another cache, or another copy was faster), StorageFullError, StoreUnsupportedError.
+    CacheMismatchError (another cache, or another copy was faster), CacheInUseError, StorageFullError,
+    StoreUnsupportedError.
     """
     there, here = open_objects(source), open_objects(target)
     manifest = read_manifest(there)
-    table = shard_table.table_from_object(there.fetch(manifest.shards))
+    table = shard_table.table_from_object(there.fetch(manifest.shards), manifest.counts["documents"])
     everything = sum(stored.size for group in _groups(manifest, table) for stored in group)
-    sizes = dict(here.list())
-    _check_target(here, manifest, sizes)
-    objects = written = written_bytes = done = 0
-    for group in _groups(manifest, table):
-        wanted = [stored for stored in group if not _holds(here, stored, sizes.get(stored.name))]
-        if wanted:
-            contents = there.fetch_all(wanted)
-            if plan.NAME in contents and not here.create(plan.NAME, contents[plan.NAME]):
-                raise CacheMismatchError(f"{here.place}: another cache was begun here meanwhile; choose another place")
-            here.write_all({name: data for name, data in contents.items() if name != plan.NAME})
-            written, written_bytes = written + len(wanted), written_bytes + sum(stored.size for stored in wanted)
-        objects, done = objects + len(group), done + sum(stored.size for stored in group)
-        if progress is not None:
-            progress(done, everything)
-    if not here.create(manifest_json.NAME, there.fetch(manifest.stored)):
-        raise CacheMismatchError(f"{here.place}: another cache was finished here meanwhile; choose another place")
-    here.sweep()
+    with lease(here):
+        sizes = dict(here.list())
+        _check_target(here, manifest, sizes)
+        objects = written = written_bytes = done = 0
+        for group in _groups(manifest, table):
+            wanted = [stored for stored in group if not _holds(here, stored, sizes.get(stored.name))]
+            if wanted:
+                contents = there.fetch_all(wanted)
+                if plan.NAME in contents and not here.create(plan.NAME, contents[plan.NAME]):
+                    raise CacheMismatchError(
+                        f"{here.place}: another cache was begun here meanwhile; choose another place"
+                    )
+                here.write_all({name: data for name, data in contents.items() if name != plan.NAME})
+                written, written_bytes = written + len(wanted), written_bytes + sum(stored.size for stored in wanted)
+            objects, done = objects + len(group), done + sum(stored.size for stored in group)
+            if progress is not None:
+                progress(done, everything)
+        if not here.create(manifest_json.NAME, there.fetch(manifest.stored)):
+            raise CacheMismatchError(f"{here.place}: another cache was finished here meanwhile; choose another place")
+        here.sweep()
     new = manifest_json.NAME not in sizes
     return CopyReport(
         manifest=manifest,

@@ -94,7 +94,7 @@ def _without_manifest(objects: Objects, supposed_plan: bytes | None) -> Diagnosi
     """The manifest follows from plan and records: what a build has left before its last step."""
     restorable = {}
     try:
-        planned, config = plan_from_bytes(objects.read(plan_json.NAME), plan_json.NAME)
+        planned, config = plan_from_bytes(objects.read_within(plan_json.NAME, plan_json.MAX_BYTES), plan_json.NAME)
         records = verified_records(objects, config, planned)
     except CorruptCacheError:
         planned, config = plan_from_bytes(supposed_plan) if supposed_plan else (Plan(doc_ids=(), shards=()), {})
@@ -112,7 +112,7 @@ def _without_manifest(objects: Objects, supposed_plan: bytes | None) -> Diagnosi
         records=tuple(records),
         restorable=restorable,
         vocabulary_lost=config["vocabulary_digest"] is not None
-        and not (names and _is_vocabulary(objects.read(names[-1]), config)),
+        and not (names and _is_vocabulary(objects.read_within(names[-1], manifest_json.MAX_OBJECT_BYTES), config)),
         renewed=False,
     )
 
@@ -128,7 +128,7 @@ def _with_manifest(objects: Objects, manifest: Manifest, supposed_plan: bytes | 
         if all(records):
             rebuilt[manifest.shards] = shard_table.table_to_object([record for record in records if record])
     else:
-        table, records = shard_table.table_from_object(table_data), []
+        table, records = shard_table.table_from_object(table_data, manifest.counts["documents"]), []
         for shard in range(len(table)):
             records.append(_record(objects, manifest, table, shard, rebuilt))
             progress(shard + 1, len(table))
@@ -162,8 +162,14 @@ def _record(
     reader, stored = reader_of(objects, manifest, table), table.objects[shard][-1]
     try:
         columns = reader.columns(shard)
-        doc_ids = tuple(document.doc_id for document in columns.documents)
         record = reader.record(shard) if _fetched(objects, stored) is not None else None
+        if manifest.text:
+            doc_ids = tuple(document.doc_id for document in columns.documents)
+        elif record is not None:
+            doc_ids = record.doc_ids
+        else:
+            every = shard_table.doc_ids_from_object(objects.fetch(manifest.documents), len(table.rows))
+            doc_ids = tuple(every[table.documents_of(shard)])
         if record is None:
             record = _rebuilt_record(reader, shard, doc_ids)
             if StoredObject.of(stored.name, record.to_bytes()) != stored:
@@ -217,7 +223,7 @@ def _rebuilt_plan(manifest: Manifest, records: list[ShardRecord | None], vocabul
     config = {
         "spec_version": SPEC_VERSION,
         **{name: getattr(manifest, name) for name in ("teacher", "tokenizer", "chat_template", "engine", "windows")},
-        **{name: getattr(manifest, name) for name in ("k", "k_ids", "vocab_size", "store")},
+        **{name: getattr(manifest, name) for name in ("k", "k_ids", "vocab_size", "store", "text")},
         "profile": manifest.codec["profile"],
         "parameters": manifest.codec["parameters"],
         "generation": generation and {key: item for key, item in generation.items() if key != "refused"},

@@ -10,6 +10,7 @@ that the store is read once per host. Beyond the bound the files go that were no
 
 import fcntl
 import hashlib
+import math
 import os
 import threading
 import time
@@ -83,8 +84,11 @@ class DiskCache(Objects):
     def delete(self, name: str) -> None:
         self.source.delete(name)
 
-    def sweep(self) -> None:
-        self.source.sweep()
+    def age(self, name: str) -> float | None:
+        return self.source.age(name)
+
+    def sweep(self, grace: float = math.inf) -> None:
+        self.source.sweep(grace)
 
     def _file_of(self, stored: StoredObject) -> Path:
         key = hashlib.sha256(canonical_json([self.place, stored.to_json()])).hexdigest()

@@ -42,7 +42,7 @@ class OutputFolderError(TeachOnceError, FileExistsError):
 
 
 class CacheInUseError(TeachOnceError):
-    """Another process of this machine is writing the cache."""
+    """Another process, of this machine or another, is writing the cache."""
 
 
 class CacheMismatchError(TeachOnceError, ValueError):

@@ -37,7 +37,7 @@ def finalize_cache(path: str | os.PathLike[str]) -> Manifest:
         return finished
     if objects.size(plan.NAME) is None:
         raise NotACacheError(f"{objects.place}: no cache here, and none begun: expected {plan.NAME}")
-    planned, config = plan.plan_from_bytes(objects.read(plan.NAME))
+    planned, config = plan.plan_from_bytes(objects.read_within(plan.NAME, plan.MAX_BYTES))
     return commit(objects, config, planned, verified_records(objects, config, planned))
 
 
@@ -102,7 +102,7 @@ def manifest_bytes(
     data = manifest_json.manifest_to_bytes(
         {
             **{name: config[name] for name in ("teacher", "tokenizer", "chat_template", "engine", "windows")},
-            **{name: config[name] for name in ("k", "k_ids", "vocab_size", "store")},
+            **{name: config[name] for name in ("k", "k_ids", "vocab_size", "store", "text")},
             "corpus": {"digest": planned.corpus_digest, "documents": len(planned.doc_ids)},
             "codec": codec_facts(shape, records),
             "held_out": {
@@ -111,7 +111,7 @@ def manifest_bytes(
             },
             "rank_edges": shape.rank_edges and list(shape.rank_edges),
             "counts": counts_of(records),
-            "plan": StoredObject.of(plan.NAME, objects.read(plan.NAME)).to_json(),
+            "plan": StoredObject.of(plan.NAME, objects.read_within(plan.NAME, plan.MAX_BYTES)).to_json(),
             "shards": StoredObject.of(table_name, table).to_json(),
             "documents": StoredObject.of(ids_name, doc_ids).to_json(),
             "vocabulary": vocabulary and vocabulary.to_json(),
@@ -131,7 +131,7 @@ def _vocabulary(objects: Objects, config: dict[str, Any], revision: int) -> Stor
     names = [vocabulary_table.name_of(number) for number in range(revision, -1, -1)]
     name = next((name for name in names if objects.size(name) is not None), names[-1])
     try:
-        data = objects.read(name)
+        data = objects.read_within(name, manifest_json.MAX_OBJECT_BYTES)
         stored = vocabulary_table.vocabulary_from_bytes(data, config["vocab_size"])
     except MissingObjectError:
         raise MissingObjectError(f"{objects.place}: {name} is missing; {_RESUME}") from None

@@ -80,14 +80,14 @@ def _named(objects: Objects) -> Iterator[str]:
         yield from _named_by_plan(objects)
         return
     yield from (stored.name for stored in manifest.objects)
-    table = shard_table.table_from_object(objects.fetch(manifest.shards))
+    table = shard_table.table_from_object(objects.fetch(manifest.shards), manifest.counts["documents"])
     for shard in range(len(table)):
         yield from (stored.name for stored in table.objects[shard])
 
 
 def _named_by_plan(objects: Objects) -> Iterator[str]:
     """What an unfinished build goes on from: all records of planned shards, and the objects of those that are sound."""
-    planned, _ = plan_json.plan_from_bytes(objects.read(plan_json.NAME))
+    planned, _ = plan_json.plan_from_bytes(objects.read_within(plan_json.NAME, plan_json.MAX_BYTES))
     for shard, revisions in record_revisions(objects).items():
         for revision in revisions if shard < len(planned.shards) else ():
             yield record_name(shard, revision)

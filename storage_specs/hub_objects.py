@@ -4,6 +4,7 @@ A branch or tag is resolved once, so that all objects come from one commit. The 
 (HF_TOKEN or `hf auth login`), and so are the endpoint (HF_ENDPOINT) and repeating requests that failed.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from storage_specs.errors import (
     StoreUnsupportedError,
 )
 from storage_specs.objects import Objects
-from storage_specs.stored_object import REMEDY, StoredObject, check_length
+from storage_specs.stored_object import StoredObject, check_length, remedy_at
 
 Answer = TypeVar("Answer")
 REQUESTS_AT_ONCE = 8
@@ -71,7 +72,7 @@ class HubObjects(Objects):
         for last in (False, True):  # a body can be cut short on its way
             try:
                 data = self._ask(name, get)
-                check_length(name, offset, size, len(data))
+                check_length(name, offset, size, len(data), remedy_at(self.root))
                 return data
             except FileNotFoundError:
                 raise self._missing(name) from None
@@ -107,7 +108,11 @@ class HubObjects(Objects):
     def delete(self, name: str) -> NoReturn:
         self._refuse()
 
-    def sweep(self) -> NoReturn:
+    def age(self, name: str) -> NoReturn:
+        """Asked only of what may be removed."""
+        self._refuse()
+
+    def sweep(self, grace: float = math.inf) -> NoReturn:
         self._refuse()
 
     @cached_property
@@ -151,7 +156,7 @@ class HubObjects(Objects):
             ) from error
 
     def _missing(self, name: str) -> MissingObjectError:
-        return MissingObjectError(f"{name}: expected an object, found none in {self.root}; {REMEDY}")
+        return MissingObjectError(f"{name}: expected an object, found none in {self.root}; {remedy_at(self.root)}")
 
     def _refuse(self) -> NoReturn:
         raise StoreUnsupportedError(

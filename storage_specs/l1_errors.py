@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 BINS_PER_OCTAVE = 8
+MOST_BIN = 400  # an error is at most 2, and none below SMALLEST is told from it
 SMALLEST = 2.0**-40  # smaller errors, and none at all, are counted as this one
 
 
@@ -47,7 +48,10 @@ class L1Errors:
         """Raises ValueError, TypeError or KeyError where `value` is not what `to_json` makes."""
         if set(value) != {"max", "sum", "histogram"} or not all(value[name] >= 0 for name in ("max", "sum")):
             raise ValueError(f"L1 errors are {value!r:.200}")
-        return cls(max=value["max"], sum=value["sum"], histogram={int(bin_): int(n) for bin_, n in value["histogram"]})
+        pairs = [(bin_, count) for bin_, count in value["histogram"]]
+        if not all(type(bin_) is type(count) is int and abs(bin_) <= MOST_BIN and count > 0 for bin_, count in pairs):
+            raise ValueError(f"the histogram of L1 errors is {value['histogram']!r:.200}")
+        return cls(max=value["max"], sum=value["sum"], histogram=dict(pairs))
 
     def to_json(self) -> dict[str, Any]:
         return {"max": self.max, "sum": self.sum, "histogram": [list(pair) for pair in sorted(self.histogram.items())]}

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
+from storage_specs.confinement import open_inside
 from storage_specs.errors import (
     MissingObjectError,
     OutputFolderError,
@@ -28,30 +29,38 @@ _in_use: set[str] = set()
 
 
 class LocalObjects(Objects):
-    """Objects as files under a folder. An object appears whole or not at all, and stays after a power cut."""
+    """Objects as files under a folder. An object appears whole or not at all, and stays after a power cut.
+
+    Sizes and bytes come from regular files only: MalformedObjectError for symlinks, pipes and devices.
+    """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
 
     def size(self, name: str) -> int | None:
         try:
-            return (self.root / name).stat().st_size
+            descriptor = open_inside(self.root, name)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        try:
+            return os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
 
     def read(self, name: str) -> bytes:
         try:
-            return (self.root / name).read_bytes()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            with open(open_inside(self.root, name), "rb") as file:
+                return file.read()
+        except (FileNotFoundError, NotADirectoryError):
             raise self._missing(name) from None
 
     def read_range(self, name: str, offset: int, size: int) -> bytes:
         try:
-            with open(self.root / name, "rb") as file:
+            with open(open_inside(self.root, name), "rb") as file:
                 there = max(0, os.fstat(file.fileno()).st_size - offset)
                 file.seek(offset)
                 data = file.read(min(size, there))  # read() allocates what it is asked for
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        except (FileNotFoundError, NotADirectoryError):
             raise self._missing(name) from None
         check_length(name, offset, size, len(data), remedy_at(self.root))
         return data
@@ -120,7 +129,7 @@ class LocalObjects(Objects):
             if age is None or size is None:  # renamed into place by now
                 continue
             ours = host == socket.gethostname()
-            if path.name not in _in_use and (not _alive(process) if ours else age > grace):
+            if path.name not in _in_use and (not process_is_alive(process) if ours else age > grace):
                 yield name, size
 
     def sweep(self, grace: float = math.inf) -> None:
@@ -142,6 +151,9 @@ class LocalObjects(Objects):
         with writing(folder):
             if self.root.exists() and not self.root.is_dir():
                 raise OutputFolderError(f"{self.root} is a file, not a folder; choose another output folder")
+            inside = [step for step in (folder, *folder.parents) if step != self.root and self.root in step.parents]
+            if any(step.is_symlink() for step in inside):  # readers would refuse it, and it may lead anywhere
+                raise OutputFolderError(f"{folder} is or lies behind a symlink; choose another output folder")
             missing = [step for step in (folder, *folder.parents) if not step.exists()]
             folder.mkdir(parents=True, exist_ok=True)
         return {step.parent for step in missing}
@@ -209,7 +221,7 @@ def _owner(name: str) -> tuple[str, int]:
     return host, int(process) if process.isdecimal() else 0
 
 
-def _alive(process: int) -> bool:
+def process_is_alive(process: int) -> bool:
     """Whether another process of this host has that id. Our own id on a file not in use means an earlier process."""
     if process in (0, os.getpid()):
         return False

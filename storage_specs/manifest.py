@@ -17,7 +17,14 @@ from storage_specs.stores import STORES, revision_mark
 
 NAME = "manifest.json"
 MAX_BYTES = 1_000_000
+MAX_OBJECT_BYTES = 1 << 30  # of plan, shard table, document table and vocabulary
 CACHE_ID = re.compile("[0-9a-f]{64}")
+CODEC_KEYS = {"profile", "parameters", "bound_l1_error", "max_l1_error", "p99_l1_error", "mean_l1_error"}
+_TYPES = {
+    **dict.fromkeys(("teacher", "tokenizer", "engine", "windows", "corpus", "codec", "held_out", "counts"), dict),
+    **dict.fromkeys(("chat_template", "generation"), dict | None),
+    "config_digest": str,
+}
 COUNTS = ("documents", "rows", "end_rows", "empty_documents", "text_bytes", "unscored_bytes")
 
 
@@ -33,7 +40,7 @@ class Manifest:
     ids): the objects plan.json, shards.parquet, documents.parquet, vocabulary.parquet. config_digest: of the builder's
     settings. replaces: cache_ids of the caches that repairs of this one replaced, the latest last; empty in one as it
     was built. generation: how the teacher wrote the completions, and how many were `refused`; None where it scored
-    given texts.
+    given texts. text: whether the documents' texts are kept.
     """
 
     spec_version: int
@@ -59,6 +66,7 @@ class Manifest:
     config_digest: str
     replaces: list[str]
     generation: dict[str, Any] | None
+    text: bool
 
     @cached_property
     def row_shape(self) -> RowShape:
@@ -103,7 +111,7 @@ def read_manifest(objects: Objects) -> Manifest:
         return manifest_from_bytes(objects.read(NAME), remedy=remedy_at(objects.place))
     if objects.size(plan.NAME) is None:
         raise NotACacheError(f"{objects.place}: no cache here: expected {NAME}")
-    planned, _ = plan.plan_from_bytes(objects.read(plan.NAME))
+    planned, _ = plan.plan_from_bytes(objects.read_within(plan.NAME, plan.MAX_BYTES))
     shards = range(len(planned.shards))
     missing = sum(objects.size(record_name(shard)) is None for shard in shards)
     remedy = (
@@ -149,12 +157,24 @@ def _check_length(length: int, place: str) -> None:
 
 
 def _problem_of(manifest: Manifest) -> str | None:
+    for name, kinds in _TYPES.items():
+        if not isinstance(getattr(manifest, name), kinds):
+            return f"{name} is {getattr(manifest, name)!r:.100}"
+    for name, keys in (("corpus", {"digest", "documents"}), ("held_out", {"rule", "documents"}), ("codec", CODEC_KEYS)):
+        if set(getattr(manifest, name)) != keys:
+            return f"{name} must have {', '.join(sorted(keys))}"
+    errors = [manifest.codec[key] for key in CODEC_KEYS if key.endswith("_l1_error")]
+    if not all(type(error) in (int, float) and error >= 0 for error in errors):
+        return f"the L1 errors of codec are {errors!r:.200}"
     counts = manifest.counts
     if set(counts) != set(COUNTS) or not all(type(count) is int and count >= 0 for count in counts.values()):
         return f"counts must be {', '.join(COUNTS)}"
     k, k_ids, vocab_size = sizes = (manifest.k, manifest.k_ids, manifest.vocab_size)
     if not all(type(size) is int for size in sizes) or not (0 <= k_ids <= k <= vocab_size <= 2**32 and k >= 1):
         return f"k, k_ids and vocab_size are {sizes}, but 0 <= k_ids <= k <= vocab_size <= 2^32 and k >= 1 must hold"
+    for stored in manifest.objects:
+        if stored.size > MAX_OBJECT_BYTES:
+            return f"{stored.name} has {stored.size} bytes, above the limit of {MAX_OBJECT_BYTES}"
     if manifest.store not in STORES:
         return f"store {manifest.store!r} is none of {', '.join(STORES)}"
     edges = manifest.row_shape.rank_edges
@@ -164,6 +184,8 @@ def _problem_of(manifest: Manifest) -> str | None:
         return f"rank_edges end at {edges[-1]}, but vocab_size is {vocab_size}"
     if (manifest.vocabulary is None) != (manifest.k_ids == 0):
         return "a vocabulary belongs to a cache exactly where ids do"
+    if type(manifest.text) is not bool:
+        return f"text is {manifest.text!r:.50}, but must be true or false"
     ids = manifest.replaces
     if not isinstance(ids, list) or not all(isinstance(item, str) and CACHE_ID.fullmatch(item) for item in ids):
         return "replaces must be a list of cache_ids"

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from storage_specs.errors import ConfigError, MissingObjectError, SizeMismatchError
+from storage_specs.errors import ConfigError, MalformedObjectError, MissingObjectError, SizeMismatchError
 from storage_specs.stored_object import StoredObject, remedy_at
 
 OBJECT_STORES = ("s3", "gs", "az")  # read and written, through obstore
@@ -85,12 +85,15 @@ class Objects(ABC):
         Between folders of one file system they are hard links, of which only the sizes were looked at; else copies,
         verified. Raises CorruptCacheError's kinds (the source's), StorageFullError, OutputFolderError.
         """
-        for name, stored in names.items():
-            self.write_all({name: source.fetch(stored)})
+        contents = source.fetch_all(list(names.values()))
+        self.write_all({name: contents[stored.name] for name, stored in names.items()})
 
-    def check_size(self, stored: StoredObject) -> None:
-        """Raises MissingObjectError, SizeMismatchError; reads nothing."""
-        found = self.size(stored.name)
+    def check_size(self, stored: StoredObject, sizes: Mapping[str, int] | None = None) -> None:
+        """Raises MissingObjectError, SizeMismatchError; reads nothing.
+
+        sizes: what `list` said, where many objects are looked at.
+        """
+        found = self.size(stored.name) if sizes is None else sizes.get(stored.name)
         if found is None:
             raise MissingObjectError(
                 f"{stored.name}: expected {stored.size} bytes, found no object in {self.place}; {remedy_at(self.place)}"
@@ -109,6 +112,13 @@ class Objects(ABC):
         data = self.read(stored.name)
         stored.check(data, remedy_at(self.place))
         return data
+
+    def read_within(self, name: str, limit: int) -> bytes:
+        """The whole object, unverified, of at most `limit` bytes. Raises MissingObjectError, MalformedObjectError."""
+        size = self.size(name)
+        if size is not None and size > limit:
+            raise MalformedObjectError(f"{name}: {size} bytes, above the limit of {limit}")
+        return self.read(name)
 
     def fetch_all(self, wanted: Sequence[StoredObject]) -> dict[str, bytes]:
         """{name: bytes} of several objects, verified; object stores are asked for many at a time.

@@ -11,6 +11,7 @@ from storage_specs.errors import ConfigError, CorpusError, MalformedObjectError
 from storage_specs.sealed_json import digest_of, seal, unseal
 
 NAME = "plan.json"
+MAX_BYTES = 1 << 30  # some 16 million documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ def make_plan(documents: Sequence[Document], documents_per_shard: int) -> Plan:
 
 
 def plan_to_bytes(plan: Plan, config: dict[str, Any]) -> bytes:
-    """plan.json: the plan, and `config` = `CacheSettings.config`."""
+    """plan.json: the plan, and `config` = `CacheSettings.config`. Raises CorpusError: too many documents for a plan."""
     value = {
         "config": config,
         "config_digest": digest_of(config),
@@ -51,7 +52,13 @@ def plan_to_bytes(plan: Plan, config: dict[str, Any]) -> bytes:
         "documents_per_shard": [len(shard) for shard in plan.shards],
         "doc_ids": list(plan.doc_ids),
     }
-    return seal(value, "plan_digest")
+    data = seal(value, "plan_digest")
+    if len(data) > MAX_BYTES:
+        raise CorpusError(
+            f"the corpus has {len(plan.doc_ids)} documents, too many for one cache (a plan has at most {MAX_BYTES} "
+            "bytes): build several caches and merge them"
+        )
+    return data
 
 
 def plan_from_bytes(data: bytes, place: str = NAME) -> tuple[Plan, dict[str, Any]]:

@@ -4,7 +4,7 @@ What fills the shards is somebody else's business: `writer` encodes documents, `
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from itertools import chain, islice
 from typing import Any
@@ -21,6 +21,7 @@ from storage_specs.errors import (
     StorageFullError,
 )
 from storage_specs.finalization import commit, finished_manifest
+from storage_specs.lease import commit_turn
 from storage_specs.local_objects import writing
 from storage_specs.manifest import Manifest
 from storage_specs.objects import Objects, open_objects
@@ -54,6 +55,7 @@ class PlannedCache:
             _check_root(self.objects)
             self._check_plan()
             self.objects.sweep()
+        self._was_finished = self.manifest is not None
 
     @property
     def manifest(self) -> Manifest | None:
@@ -72,9 +74,10 @@ class PlannedCache:
         """
         finished = self.manifest
         if finished is not None:
-            table = shard_table.table_from_object(self.objects.fetch(finished.shards))
+            table = shard_table.table_from_object(self.objects.fetch(finished.shards), finished.counts["documents"])
+            sizes = dict(self.objects.list())
             for stored in chain.from_iterable(table.objects):
-                self.objects.check_size(stored)
+                self.objects.check_size(stored, sizes)
             return []
         revisions = record_revisions(self.objects)
         missing = []
@@ -99,25 +102,16 @@ class PlannedCache:
         self._claimed = True
 
     def commit_shard(self, record: ShardRecord, contents: Mapping[str, bytes]) -> None:
-        """Write one shard's objects, its record last. Raises ConfigError (a finished cache), CacheMismatchError,
-        StorageFullError (what was written of the shard is removed again)."""
-        self._make_room(record)
-        try:
-            self.objects.write_all(contents)
-            self._keep(record)
-        except StorageFullError:
-            self._remove(contents)
-            raise
+        """Write one shard's objects, its record last; a shard that another worker wrote meanwhile stays as it is.
+
+        Raises ConfigError (a finished cache), CacheMismatchError, StorageFullError (what was written of the shard is
+        removed again).
+        """
+        self._commit(record, contents, lambda: self.objects.write_all(contents))
 
     def link_shard(self, record: ShardRecord, source: Objects, names: Mapping[str, StoredObject]) -> None:
         """Take over one shard's objects from another cache: {name here: the object there}. Raises as `commit_shard`."""
-        self._make_room(record)
-        try:
-            self.objects.link_all(source, names)
-            self._keep(record)
-        except StorageFullError:
-            self._remove(names)
-            raise
+        self._commit(record, names, lambda: self.objects.link_all(source, names))
 
     def finalize(self) -> Manifest:
         """Write shards.parquet and, last of all, manifest.json; a finished cache is left as it is.
@@ -127,16 +121,35 @@ class PlannedCache:
         finished = self.manifest
         if finished is not None:
             return finished
-        self._check_records()
-        missing = self.missing_shards()
-        if missing:
-            raise IncompleteCacheError(
-                f"{self.objects.place}: {len(missing)} of {len(self.plan.shards)} shards are missing "
-                f"(the first is {missing[0]}); run the same command again"
-            )
-        self.claim()
-        records = [self._records[shard] for shard in range(len(self.plan.shards))]
-        return commit(self.objects, self.config, self.plan, records)
+        with commit_turn(self.objects):
+            self._check_records()
+            missing = self.missing_shards()
+            if missing:
+                raise IncompleteCacheError(
+                    f"{self.objects.place}: {len(missing)} of {len(self.plan.shards)} shards are missing "
+                    f"(the first is {missing[0]}); run the same command again"
+                )
+            self.claim()
+            records = [self._records[shard] for shard in range(len(self.plan.shards))]
+            return commit(self.objects, self.config, self.plan, records)
+
+    def _commit(self, record: ShardRecord, names: Iterable[str], write: Callable[[], None]) -> None:
+        with commit_turn(self.objects):
+            if self._written_meanwhile(record.shard):
+                return
+            self._make_room(record)
+            try:
+                write()
+                self._keep(record)
+            except StorageFullError:
+                self._remove(names)
+                raise
+
+    def _written_meanwhile(self, shard: int) -> bool:
+        """Whether a shard that was missing stands now, with a record of this build that verifies."""
+        if self._was_finished or shard in self._records or not 0 <= shard < len(self.plan.shards):
+            return False
+        return shard not in self.missing_shards([shard])
 
     def _make_room(self, record: ShardRecord) -> None:
         if not 0 <= record.shard < len(self.plan.shards):
@@ -170,12 +183,14 @@ class PlannedCache:
         if objects.size(plan_json.NAME) is None:
             others = [name for name, _ in islice(objects.list(), 4)]
             if others:
+                if objects.size(plan_json.NAME) is not None:  # a worker of the same build has just claimed the place
+                    return self._check_plan()
                 some = f"{', '.join(sorted(others)[:3])}{', ...' if len(others) > 3 else ''}"
                 raise OutputFolderError(
                     f"{root} holds something else ({some}); nothing was touched; choose an empty or new output folder"
                 )
             return
-        theirs = objects.read(plan_json.NAME)
+        theirs = objects.read_within(plan_json.NAME, plan_json.MAX_BYTES)
         if theirs != plan_to_bytes(self.plan, self.config):
             plan, config = plan_from_bytes(theirs, f"{root}/{plan_json.NAME}")
             raise CacheMismatchError(

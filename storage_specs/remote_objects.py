@@ -6,6 +6,7 @@ what failed by 5xx, 429, a reset or a lost answer, and goes on in the middle of 
 know: whether a creation that lost its answer was ours, and whether a body is all that was written.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +23,10 @@ from storage_specs.errors import (
     StoreUnavailableError,
     StoreUnsupportedError,
 )
+from storage_specs.local_objects import WRITING_FOLDER
 from storage_specs.objects import Objects
 from storage_specs.store_errors import beyond_the_end, misconfigured, no_bucket, refusal_of, said
-from storage_specs.stored_object import REMEDY, StoredObject, check_length
+from storage_specs.stored_object import StoredObject, check_length, remedy_at
 
 Answer = TypeVar("Answer")
 
@@ -82,9 +84,25 @@ class RemoteObjects(Objects):
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         import obstore
 
-        pages = iter(obstore.list(self._client, prefix.rpartition("/")[0] or None))  # which knows whole steps only
-        while (page := self._ask(prefix, lambda: next(pages, None))) is not None:
-            yield from ((item["path"], item["size"]) for item in page if item["path"].startswith(prefix))
+        folder = prefix.rpartition("/")[0] or None  # obstore knows whole steps only
+        pages: Any = None
+        last: str | None = None
+
+        def page() -> Any:
+            nonlocal pages
+            pages = pages or iter(obstore.list(self._client, folder, offset=last))
+            try:
+                return next(pages, None)
+            except Exception:
+                pages = None  # the next attempt goes on behind the last name
+                raise
+
+        hidden = () if prefix.startswith(WRITING_FOLDER) else f"{WRITING_FOLDER}/"
+        while (found := self._ask(prefix, page, PAUSES)) is not None:
+            last = found[-1]["path"]
+            for item in found:
+                if item["path"].startswith(prefix) and not item["path"].startswith(hidden):
+                    yield item["path"], item["size"]
 
     @in_living_process
     def fetch(self, stored: StoredObject) -> bytes:
@@ -124,7 +142,18 @@ class RemoteObjects(Objects):
         with suppress(FileNotFoundError):  # S3 does not say so, others do
             self._ask(name, lambda: obstore.delete(self._client, name), PAUSES)
 
-    def sweep(self) -> None:
+    @in_living_process
+    def age(self, name: str) -> float | None:
+        """By the store's clock and ours."""
+        import obstore
+
+        try:
+            written = self._ask(name, lambda: obstore.head(self._client, name)["last_modified"])
+        except FileNotFoundError:
+            return None
+        return time.time() - written.timestamp()
+
+    def sweep(self, grace: float = math.inf) -> None:
         """Nothing is ever half written here; parts of killed uploads are for the bucket's own lifecycle rules."""
 
     def _open(self) -> Any:
@@ -159,26 +188,26 @@ class RemoteObjects(Objects):
             except GenericError as error:
                 if not beyond_the_end(error):
                     raise
-                raise SizeMismatchError(f"{name}: nothing at the offset {offset}; {REMEDY}") from None
+                raise SizeMismatchError(f"{name}: nothing at the offset {offset}; {self._remedy}") from None
             there = answer.meta["size"]
             if whole is not None and there != whole:
-                raise SizeMismatchError(f"{name}: expected {whole} bytes, found {there}; {REMEDY}")
+                raise SizeMismatchError(f"{name}: expected {whole} bytes, found {there}; {self._remedy}")
             return bytes(answer.bytes()) if size else b""
 
         try:
             data = self._ask(name, get)
         except FileNotFoundError:
             raise self._missing(name) from None
-        check_length(name, offset, size, len(data))
+        check_length(name, offset, size, len(data), self._remedy)
         return data
 
     def _verified(self, stored: StoredObject, pieces: Sequence[bytes]) -> bytes:
         data = b"".join(pieces)
         try:
-            stored.check(data)
+            stored.check(data, self._remedy)
         except ChecksumMismatchError:  # it may have happened on the way
             data = b"".join([self._range(*piece) for piece in _pieces(stored)])
-            stored.check(data)
+            stored.check(data, self._remedy)
         return data
 
     def _put(self, name: str, data: bytes) -> None:
@@ -237,8 +266,12 @@ class RemoteObjects(Objects):
             next(iter(self.list()), None)
             self._bucket_was_there = True
 
+    @property
+    def _remedy(self) -> str:
+        return remedy_at(self.root)
+
     def _missing(self, name: str) -> MissingObjectError:
-        return MissingObjectError(f"{name}: expected an object, found none in {self.place}; {REMEDY}")
+        return MissingObjectError(f"{name}: expected an object, found none in {self.place}; {self._remedy}")
 
 
 def _pieces(stored: StoredObject) -> list[tuple[str, int, int, int]]:

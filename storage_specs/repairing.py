@@ -44,7 +44,7 @@ def commit_revision(diagnosis: Diagnosis, records: Sequence[ShardRecord | None])
 def lost_documents(diagnosis: Diagnosis, shard: int) -> list[tuple[str, str | None]]:
     """(planned id, text) of a lost shard's documents, the text None where it does not verify."""
     ids = diagnosis.plan.doc_ids_of(shard)
-    if diagnosis.manifest is None or diagnosis.table is None:
+    if diagnosis.manifest is None or diagnosis.table is None or not diagnosis.manifest.text:
         return [(doc_id, None) for doc_id in ids]
     reader = reader_of(diagnosis.objects, diagnosis.manifest, diagnosis.table)
     try:

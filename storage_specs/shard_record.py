@@ -1,6 +1,7 @@
 """A shard's commit record, `shards/000000.json`, its last object: where record and objects verify, it is complete."""
 
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any
 
 from storage_specs.errors import CorruptCacheError, MalformedObjectError, SpecVersionError
@@ -10,6 +11,8 @@ from storage_specs.sealed_json import seal, unseal
 from storage_specs.shard_bytes import EncodedObject, Parts
 from storage_specs.stored_object import REMEDY, StoredObject, remedy_at
 from storage_specs.stores import stem_of
+
+MAX_BYTES = 1 << 26  # some 700,000 documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,19 @@ class ShardRecord:
     parts: dict[str, Parts]
     replaces: tuple[str, ...] = ()
     generation: dict[str, Any] | None = None
+
+    def _check_types(self) -> None:
+        """Raises ValueError where a field has another type, or documents another number, than any record's."""
+        per_document = (self.document_rows, self.document_text_bytes)
+        counts = (self.shard, self.end_rows, self.unscored_bytes, *chain(*per_document))
+        texts = (self.config_digest, *self.doc_ids, *self.replaces)
+        if not (
+            all(type(count) is int and 0 <= count < 2**63 for count in counts)
+            and all(isinstance(text, str) for text in texts)
+            and all(len(sizes) == len(self.doc_ids) for sizes in per_document)
+            and isinstance(self.generation, dict | None)
+        ):
+            raise ValueError("a field is not of its type, or documents are counted differently")
 
     @property
     def planned_ids(self) -> tuple[str, ...]:
@@ -68,7 +84,9 @@ class ShardRecord:
             value["l1_errors"] = L1Errors.from_json(value["l1_errors"])
             for key in ("doc_ids", "document_rows", "document_text_bytes", "replaces"):
                 value[key] = tuple(value[key])
-            return cls(**value)
+            record = cls(**value)
+            record._check_types()
+            return record
         except CorruptCacheError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -92,7 +110,9 @@ def read_record(objects: Objects, shard: int, revision: int = 0, stored: StoredO
     Raises CorruptCacheError's kinds, SpecVersionError.
     """
     name = record_name(shard, revision)
-    data = objects.read(name) if stored is None else objects.fetch(stored)
+    if stored is not None and stored.size > MAX_BYTES:
+        raise MalformedObjectError(f"{name}: {stored.size} bytes, above the limit of {MAX_BYTES}")
+    data = objects.read_within(name, MAX_BYTES) if stored is None else objects.fetch(stored)
     record, stem = ShardRecord.from_bytes(data, name, remedy_at(objects.place)), f"{stem_of(shard, revision)}."
     if record.name != name or not all(item.name.startswith(stem) for item in record.objects):
         raise MalformedObjectError(f"{name}: it is the record of another shard")
@@ -110,8 +130,7 @@ def verified_record(
         record = read_record(objects, shard, revision)
         if record.config_digest != config_digest or doc_ids not in (None, record.planned_ids):
             return None
-        for stored in record.objects:
-            objects.fetch(stored)
+        objects.fetch_all(record.objects)
     except (CorruptCacheError, SpecVersionError):
         return None
     return record

@@ -5,11 +5,10 @@ They are two so that planning an epoch never reads the ids, which are most of th
 Legend: D documents of the cache, S shards.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from storage_specs.shard_record import ShardRecord
 from storage_specs.stored_object import REMEDY, StoredObject
 from storage_specs.stored_shard import Selection, ShardSize
 from storage_specs.stores import revision_mark, stem_of
+from storage_specs.strict_json import strict_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,22 +29,30 @@ if TYPE_CHECKING:
 NAME = "shards.parquet"
 DOCUMENTS_NAME = "documents.parquet"
 SHARDS_PER_ROW_GROUP = 1024
+SHARDS_KEPT = 64  # whose objects' descriptions stay as Python objects
+MAX_OBJECTS = 128  # of one shard
+MAX_DESCRIPTION_BYTES = 128  # of an object's name, size and crc32c
+MAX_L1_BYTES = 1 << 13  # of a shard's L1 errors as JSON: their histogram has some 320 bins
 
 
 class StoredObjects(Sequence[tuple[StoredObject, ...]]):
-    """For each shard all its objects, its commit record last; made when they are asked for, not kept."""
+    """For each shard all its objects, its commit record last; made when they are asked for, the last few kept."""
 
     def __init__(self, column: "pa.ListArray") -> None:
         self._column = column
+        self._of_shard = lru_cache(SHARDS_KEPT)(self._made)
 
     def __len__(self) -> int:
         return len(self._column)
 
     def __getitem__(self, shard: int) -> tuple[StoredObject, ...]:
         """Raises MalformedObjectError."""
+        return self._of_shard(shard)
+
+    def _made(self, shard: int) -> tuple[StoredObject, ...]:
         objects = tuple(StoredObject.from_json(item, NAME) for item in self._column[shard].as_py())
         stem = objects[-1].name.removesuffix(".json") if objects else ""
-        if not re.fullmatch(rf"{stem_of(shard)}(\.r[1-9][0-9]*)?", stem) or not all(
+        if not re.fullmatch(rf"{stem_of(shard)}(\.r[1-9][0-9]{{0,8}})?", stem) or not all(
             stored.name.startswith(f"{stem}.") for stored in objects
         ):
             raise MalformedObjectError(f"{NAME}: shard {shard} has no commit record, or objects of another shard")
@@ -87,7 +95,7 @@ class ShardTable:
         """end_rows, unscored_bytes and l1_errors of the shard's record. Raises MalformedObjectError."""
         facts = self.records.slice(shard, 1).to_pylist()[0]
         try:
-            return facts | {"l1_errors": L1Errors.from_json(json.loads(facts["l1_errors"]))}
+            return facts | {"l1_errors": L1Errors.from_json(strict_json(facts["l1_errors"]))}
         except (ValueError, TypeError, KeyError) as error:
             raise MalformedObjectError(f"{NAME}: shard {shard}: {error}") from None
 
@@ -147,10 +155,14 @@ def table_to_object(records: Sequence[ShardRecord]) -> bytes:
     return table_to_bytes(pa.table(columns, schema=_schema()), rows_per_group=SHARDS_PER_ROW_GROUP)
 
 
-def table_from_object(data: bytes) -> ShardTable:
-    """The shard table of a verified object. Raises MalformedObjectError."""
+def table_from_object(data: bytes, documents: int) -> ShardTable:
+    """The shard table of a verified object, of a cache of so many documents. Raises MalformedObjectError."""
+    room = {name: (8 * documents, documents) for name in _schema().names}
+    room |= {name: (4 * documents, 2 * documents) for name in _PER_DOCUMENT}
+    room["l1_errors"] = (MAX_L1_BYTES * documents, documents)
+    room["objects"] = (MAX_OBJECTS * MAX_DESCRIPTION_BYTES * documents, MAX_OBJECTS * documents)
     try:
-        table = table_from_bytes(data, _schema())
+        table = table_from_bytes(data, _schema(), room)
         per_shard = table["documents"].to_numpy().astype(np.int64)
         lists = {name: table[name].combine_chunks() for name in _PER_DOCUMENT}
         for name, column in lists.items():
@@ -186,7 +198,8 @@ def doc_ids_from_object(data: bytes, documents: int) -> list[str]:
     import pyarrow as pa
 
     try:
-        table = table_from_bytes(data, pa.schema([("doc_id", pa.binary(32))]), documents)
+        room = {"doc_id": (32 * documents, documents)}
+        table = table_from_bytes(data, pa.schema([("doc_id", pa.binary(32))]), room, documents)
         if table["doc_id"].null_count:
             raise ValueError("it has nulls")
         return [doc_id.hex() for doc_id in table["doc_id"].to_pylist()]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from storage_specs.vocabulary import Vocabulary
 
 NAME = "vocabulary.parquet"
+MEAN_WORD_BYTES = 256  # at most, over a vocabulary: real ones have 6 to 8
 ROLES = ("bos", "eos", "end_of_turn", "other")
 
 
@@ -42,7 +43,8 @@ def vocabulary_from_bytes(data: bytes, vocab_size: int) -> "Vocabulary":
     """The vocabulary of a verified object. Raises ValueError."""
     from storage_specs.vocabulary import Vocabulary
 
-    table = table_from_bytes(data, _schema(), vocab_size)
+    room = {"token_bytes": (MEAN_WORD_BYTES * vocab_size, vocab_size), "special_role": (16 * vocab_size, vocab_size)}
+    table = table_from_bytes(data, _schema(), room, vocab_size)
     roles = {token_id: role for token_id, role in enumerate(table["special_role"].to_pylist()) if role is not None}
     if not set(roles.values()) <= set(ROLES):
         raise ValueError(f"its roles are {sorted(set(roles.values()))}, but must be among {', '.join(ROLES)}")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 from storage_specs import row_coding
 from storage_specs.column_building import columns_of
@@ -13,8 +14,9 @@ from storage_specs.l1_errors import L1Errors
 from storage_specs.plan import Plan
 from storage_specs.planned_cache import PlannedCache
 from storage_specs.settings import CacheSettings
-from storage_specs.shard_record import ShardRecord, described
+from storage_specs.shard_record import MAX_BYTES, ShardRecord, described
 from storage_specs.stores import shard_store, stem_of
+from storage_specs.textless import stripped
 from storage_specs.vocabulary_table import vocabulary_to_bytes
 
 __all__ = ["CacheSettings", "CacheWriter", "finalize_cache"]
@@ -61,6 +63,8 @@ def encoded_shard(
         generation = None if settings.generation is None else generation_record(documents)
         if (doc_ids if generation is None else tuple(generation["prompt_ids"])) != planned_ids:
             raise ValueError("its documents are not those that the plan names")
+        if not settings.text:
+            columns = replace(columns, documents=tuple(map(stripped, documents)))
         stored_shard, l1_error_N = row_coding.encode(columns, shape)
         wanted = row_coding.arrays_of(shape, len(l1_error_N))
         contents = shard_store(settings.store).encode(stored_shard, wanted, stem_of(shard, len(replaces)))
@@ -81,4 +85,8 @@ def encoded_shard(
         replaces=replaces,
         generation=generation,
     )
+    if len(record.to_bytes()) > MAX_BYTES:
+        raise InvalidDocumentError(
+            f"shard {shard}: {len(documents)} documents are too many for one commit record; use smaller shards"
+        )
     return record, {name: item.data for name, item in contents.items()}

@@ -71,6 +71,7 @@ def parser(command: str = "build", *, without: Collection[str] = (), optional: C
     add("--documents_per_shard", type=int, metavar="N", help="documents per shard, the unit of resuming (256)")
     add("--shard_range", type=_shard_range, metavar="A:B", help="only shards A to B - 1 of the plan, for job arrays")
     add("--data_parallel_size", type=int, metavar="N", help="replicas of the teacher, one process and GPU each (1)")
+    add("--no_text", action="store_true", help="keep no texts, only their digests; students then need the corpus")
     add("--extend", metavar="CACHE", help="a finished cache to take over; only documents that it lacks are scored")
     add("--base_url", metavar="URL", help="engine server: an OpenAI-compatible endpoint, up to and with /v1")
     add("--api_key_env", metavar="NAME", help="engine server: the environment variable of its key (OPENAI_API_KEY)")

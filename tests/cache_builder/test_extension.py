@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_teacher import files_of, make_tiny_teacher, write_corpus
 
+from cache_builder import shard_worker
 from cache_builder.builder import BuildConfig, build
 from cache_builder.engines.transformers import TransformersEngine
 from storage_specs.errors import CacheMismatchError, CorpusError
@@ -41,9 +42,9 @@ def test_an_extended_cache_is_the_merged_one_and_scores_only_what_is_new(
     old: BuildConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored: list[int] = []
-    real_score = TransformersEngine.score
+    real = shard_worker.windows_of_shard
     monkeypatch.setattr(
-        TransformersEngine, "score", lambda self, windows: scored.append(len(windows)) or real_score(self, windows)
+        shard_worker, "windows_of_shard", lambda job, **options: scored.append(job[0]) or real(job, **options)
     )
     both = dataclasses.replace(
         old,
@@ -52,7 +53,7 @@ def test_an_extended_cache_is_the_merged_one_and_scores_only_what_is_new(
         extend=str(old.output),
     )
     report = build(both)
-    assert report.shards_written == len(scored) == 2
+    assert (report.shards_written, scored) == (2, [2, 3])
     only_new = dataclasses.replace(old, corpus=str(write_corpus(tmp_path / "new.jsonl", NEW)), output=tmp_path / "new")
     build(only_new)
     assert merge_caches([old.output, only_new.output], tmp_path / "merged") == report.manifest

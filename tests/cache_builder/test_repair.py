@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from tiny_teacher import files_of, make_tiny_teacher, write_corpus
 
+from cache_builder import shard_worker
 from cache_builder.builder import BuildConfig, build
-from cache_builder.engines.transformers import TransformersEngine
 from cache_builder.main import main
+from cache_builder.pipeline import Job, OpenShard
 from cache_builder.repair import repair
 from storage_specs.errors import CacheMismatchError, ConfigError, CorpusError
 from storage_specs.reader import open_cache
@@ -57,13 +58,16 @@ def damage(cache: Path, shard: int) -> None:
 
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Windows per call of the engine."""
-    calls: list[int] = []
-    real_score = TransformersEngine.score
-    monkeypatch.setattr(
-        TransformersEngine, "score", lambda self, windows: calls.append(len(windows)) or real_score(self, windows)
-    )
-    return calls
+    """Shards that went to the engine."""
+    shards: list[int] = []
+    real = shard_worker.windows_of_shard
+
+    def noted(job: Job, **options: Any) -> OpenShard:
+        shards.append(job[0])
+        return real(job, **options)
+
+    monkeypatch.setattr(shard_worker, "windows_of_shard", noted)
+    return shards
 
 
 def test_exactly_the_damaged_shards_are_scored_again(config: BuildConfig, scored: list[int]) -> None:
@@ -73,7 +77,7 @@ def test_exactly_the_damaged_shards_are_scored_again(config: BuildConfig, scored
     damage(cache, 2)
     (cache / "shards/000001.json").unlink()
     report = repair(cache, flags_of(config))
-    assert (report.restored, report.shards_scored, len(scored)) == (("shards/000001.json",), 2, 2)
+    assert (report.restored, report.shards_scored, scored) == (("shards/000001.json",), 2, [0, 2])
     assert report.manifest == open_cache(cache).manifest
     assert report.manifest is not None
     assert report.manifest.replaces == [first.cache_id]
@@ -83,7 +87,7 @@ def test_exactly_the_damaged_shards_are_scored_again(config: BuildConfig, scored
         assert read.probs.tobytes() == expected.probs.tobytes()
     again = repair(cache, flags_of(config))
     assert (again.shards_scored, again.restored, again.manifest) == (0, (), report.manifest)
-    assert len(scored) == 2
+    assert scored == [0, 2]
 
 
 def test_an_interrupted_repair_goes_on_where_it_was(
@@ -92,22 +96,22 @@ def test_an_interrupted_repair_goes_on_where_it_was(
     cache = Path(config.output)
     damage(cache, 0)
     damage(cache, 2)
-    counted = TransformersEngine.score
+    noted = shard_worker.windows_of_shard
 
-    def once(self: TransformersEngine, windows: Any) -> Any:
+    def once(job: Job, **options: Any) -> OpenShard:
         if scored:
             raise KeyboardInterrupt
-        return counted(self, windows)
+        return noted(job, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TransformersEngine, "score", once)
+        patch.setattr(shard_worker, "windows_of_shard", once)
         with pytest.raises(KeyboardInterrupt):
             repair(cache, flags_of(config))
     before = files_of(cache)
     assert "shards/000000.r1.json" in before
     assert "manifest.r0.json" not in before
     report = repair(cache, flags_of(config))
-    assert len(scored) == 2
+    assert scored == [0, 2]
     assert report.manifest is not None
     assert report.manifest.revision == 1
     assert verify_cache(cache).ok
@@ -119,7 +123,7 @@ def test_a_damaged_manifest_and_shard_together(config: BuildConfig, scored: list
     damage(cache, 1)
     (cache / "manifest.json").write_bytes(b"")
     report = repair(cache, flags_of(config))
-    assert len(scored) == report.shards_scored == 1
+    assert (scored, report.shards_scored) == ([1], 1)
     assert files_of(cache) == before  # on this machine the teacher says the same again
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,7 @@ def write_cache(
     vocab_size: int = 300,
     documents_per_shard: int = 4,
     teacher_name: str = "tiny-teacher",
+    text: bool = True,
 ) -> Path:
     """A finished cache of these documents: coordinates of `teacher_tokenizer`, random rows over 300 words."""
     cached = [
@@ -160,6 +162,7 @@ def write_cache(
         vocabulary=vocabulary,
         documents_per_shard=documents_per_shard,
         teacher_name=teacher_name,
+        text=text,
     )
 
 
@@ -173,6 +176,7 @@ def write_rows(
     vocabulary: Vocabulary | None,
     documents_per_shard: int = 4,
     teacher_name: str = "tiny-teacher",
+    text: bool = True,
 ) -> Path:
     """A finished cache of these rows; ids are theirs."""
     first_ids = next((document.token_ids for document in cached), None)
@@ -186,6 +190,7 @@ def write_rows(
         vocab_size=vocab_size,
         windows={"max_model_len": 512, "overlap": 64},
         vocabulary=vocabulary,
+        text=text,
     )
     plan = make_plan(cached, documents_per_shard)
     writer = CacheWriter(path, settings, plan)
@@ -204,10 +209,14 @@ class WithSketch(Cache):
     def __init__(self, cache: Cache) -> None:
         vars(self).update(vars(cache))
         self.manifest = replace(cache.manifest, rank_edges=list(self.RANK_EDGES))
+        self.reader = SimpleNamespace(columns=lambda shard: self._with_bins(cache.reader.columns(shard)))
 
-    def __getitem__(self, number: int) -> CachedDocument:
-        document = super().__getitem__(number)
-        return replace(document, tail_bins=document.tail_mass[:, None] * self.SHARES)
+    def _with_bins(self, plain: Any) -> SimpleNamespace:
+        def document(number: int) -> CachedDocument:
+            found = plain.document(number)
+            return replace(found, tail_bins=found.tail_mass[:, None] * self.SHARES)
+
+        return SimpleNamespace(document=document, documents=plain.documents)
 
 
 def tiny_student(path: Path, tokenizer: Any, seed: int = 0) -> Path:

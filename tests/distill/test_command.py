@@ -55,7 +55,9 @@ def command(cache_path, student_path, output_dir, *more: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"]], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["bench", "--help"]], ids=str
+)
 def test_help_imports_nothing_heavy(arguments):
     code = f"import sys; from distill.main import main\ntry: main({arguments!r})\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'transformers', 'numpy', 'pyarrow', 'zarr'} & set(sys.modules), sys.modules"

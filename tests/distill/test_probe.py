@@ -146,7 +146,6 @@ def test_a_teacher_with_shuffled_rows_is_warned_of_and_a_good_one_is_not(
     assert all(math.isfinite(line["loss"]) for line in one.state.log_history if "loss" in line)
 
 
-def test_probes_want_held_out_documents(cache_path, student_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("distill.dataset.is_held_out", lambda doc_id: False)
+def test_probes_want_held_out_documents(cache_without_held_out, student_path, tmp_path):
     with pytest.raises(AlignmentError, match="probe_steps"):
-        trainer(cache_path, student_path, tmp_path, probe_steps=1)
+        trainer(cache_without_held_out, student_path, tmp_path, probe_steps=1)

@@ -14,7 +14,7 @@ def command(cache: str, student_path: Path, output_dir: Path, *more: str) -> lis
     return [
         *("train", "--model_name_or_path", str(student_path), "--cache", cache, "--output_dir", str(output_dir)),
         *("--max_length", "48", "--per_device_train_batch_size", "4", "--max_steps", "6", "--learning_rate", "1e-2"),
-        *("--mapped_weight", "0.5", "--save_strategy", "no", "--use_cpu", "--logging_steps", "1", *more),
+        *("--loss", "ce:1,uld:1.5,mapped:0.5", "--save_strategy", "no", "--use_cpu", "--logging_steps", "1", *more),
     ]
 
 

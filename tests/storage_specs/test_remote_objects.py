@@ -133,6 +133,10 @@ def test_a_fault_that_passes_is_not_seen(s3: S3, fault: str | int) -> None:
     assert objects.fetch(StoredObject.of("a", DATA)) == DATA
     s3.proxy.fail(fault, method="GET")
     assert objects.read("a") == DATA if fault != "garble" else len(objects.read("a")) == len(DATA)
+    if fault != "garble":  # which could be any name
+        s3.proxy.fail(fault, method="GET", path="list-type")
+        assert list(objects.list()) == [("a", len(DATA))]
+        assert not [left for left in s3.proxy.faults if left.times]
     if fault in ("reset", "truncate", "garble"):
         return
     for method, ask in {
@@ -184,6 +188,18 @@ def test_of_many_creators_one_wins(s3: S3, tmp_path: Path) -> None:
             won = list(threads.map(lambda n, place=place: open_objects(place).create("x", b"%d" % n), range(8)))
         assert sum(won) == 1
         assert open_objects(place).read("x") == b"%d" % won.index(True)
+
+
+def test_a_long_listing_goes_on_where_it_broke(s3: S3) -> None:
+    names = [f"shards/{number:06d}" for number in range(1500)]  # S3 lists 1000 a page
+    objects = open_objects(f"{s3.url}/x")
+    objects.write_all(dict.fromkeys(names, b""))
+    listing = objects.list("shards/0")
+    found = [next(listing)]
+    s3.proxy.fail("reset", method="GET", path="list-type", times=2)
+    found += listing
+    assert sorted(found) == [(name, 0) for name in names]
+    assert s3.proxy.count("GET", "list-type") >= 4
 
 
 def test_stores_without_conditional_creation_are_refused(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:

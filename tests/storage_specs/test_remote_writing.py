@@ -11,6 +11,7 @@ from small_caches import STORES, assert_stored, files_of, some_documents, some_s
 
 from storage_specs import CacheWriter, make_plan, open_cache, verify_cache
 from storage_specs.errors import (
+    CacheInUseError,
     CacheMismatchError,
     ChecksumMismatchError,
     CorruptCacheError,
@@ -20,6 +21,7 @@ from storage_specs.errors import (
     OutputFolderError,
 )
 from storage_specs.finalization import finalize_cache
+from storage_specs.lease import lease
 from storage_specs.objects import open_objects
 
 
@@ -94,18 +96,24 @@ def test_of_two_builds_at_one_place_one_wins(s3: S3, tmp_path: Path, remote: boo
     assert verify_cache(place).ok
 
 
-def test_builds_of_the_same_share_a_place(s3: S3, tmp_path: Path) -> None:
-    documents, start = some_documents(4), threading.Barrier(3)
+def test_of_builds_of_the_same_one_wins_and_the_others_say_so(s3: S3, tmp_path: Path) -> None:
+    documents, start, place = some_documents(4), threading.Barrier(3), f"{s3.url}/same"
 
     def build(_: int) -> str:
         start.wait()
-        return write_cache(f"{s3.url}/same", documents, some_settings("arrow"), documents_per_shard=2).cache_id
+        try:
+            with lease(open_objects(place)):
+                return write_cache(place, documents, some_settings("arrow"), documents_per_shard=2).cache_id
+        except CacheInUseError:
+            return "in use"
 
     with ThreadPoolExecutor(3) as threads:
         ends = set(threads.map(build, range(3)))
     local = write_cache(tmp_path / "cache", documents, some_settings("arrow"), documents_per_shard=2)
-    assert ends == {local.cache_id}
-    assert objects_of(f"{s3.url}/same") == files_of(tmp_path / "cache")
+    assert ends <= {local.cache_id, "in use"}
+    with lease(open_objects(place)):
+        assert write_cache(place, documents, some_settings("arrow"), documents_per_shard=2) == local
+    assert objects_of(place) == files_of(tmp_path / "cache")
 
 
 def test_damage_in_a_bucket_is_found(s3: S3) -> None:

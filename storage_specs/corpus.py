@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from cache_builder.records import Record, read_records
 from storage_specs.document import (
     KINDS,
     Document,
@@ -24,6 +23,7 @@ from storage_specs.document import (
     text_document,
 )
 from storage_specs.errors import ConfigError, CorpusError
+from storage_specs.records import Record, read_records
 
 FIELDS_OF_KIND = {"chat": ("messages",), "completion": ("prompt", "completion"), "text": ("text",)}
 
