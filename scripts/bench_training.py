@@ -207,14 +207,22 @@ class Bench:
         if self.device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        self.head_dtypes: set[torch.dtype] = set()
+        hook = self.model.lm_head.register_forward_hook(lambda _, inputs, output: self.head_dtypes.add(output.dtype))
         trainer.train()
+        hook.remove()
         timings.step_ms += clock.step_ms(self.options.warm_up)
         if self.device == "cuda":
             timings.peak_gib = max(timings.peak_gib, torch.cuda.max_memory_allocated() / 2**30)
         waits = [line["data_wait"] for line in trainer.state.log_history if "data_wait" in line]
         timings.data_waits += waits[1:]  # the first line holds the filling of the queue
-        trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         trainer.accelerator.free_memory()
+        # accelerate prepares a model once: without its marks the next turn's trainer prepares it as its own.
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            self.model.__dict__.pop(name, None)
+        wanted = torch.bfloat16 if self.device == "cuda" else torch.float32
+        if self.head_dtypes != {wanted}:
+            raise SystemExit(f"{arm}: the head computed in {self.head_dtypes}, not in {wanted}: nothing is compared")
         self.model.zero_grad(set_to_none=True)
 
     def run(self) -> dict[str, Timings]:

@@ -151,7 +151,7 @@ def identity_of(arguments: list[str]) -> dict:
     """What `distill train` would record for these flags."""
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("distill.train.begin", lambda folder, run: seen.append(run))
+        patch.setattr("distill.train.begin", lambda folder, run, replaced: seen.append(run))
         main(arguments)
     return seen[0]
 

@@ -1,6 +1,7 @@
 """What a run leaves behind: generation config, chat template, uploads; and what trackers are told."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import transformers
@@ -52,22 +53,21 @@ def test_generation_config_and_chat_template_come_along(cache_path, student_path
 def test_push_to_hub_uploads_the_student_and_no_checkpoint(cache_path, student_path, tmp_path, monkeypatch):
     made, uploads = [], []
 
-    def create_repo(repo_id, **options):
-        made.append((repo_id, options.get("private")))
-        return SimpleNamespace(repo_id=repo_id, url=f"hub/{repo_id}")
+    def create_repo(self, repo_id, **options):
+        made.append(repo_id)
+        return SimpleNamespace(repo_id=repo_id)
 
-    def upload_folder(**options):
-        folder = options["folder_path"]
-        uploads.append((options["repo_id"], sorted(path.name for path in tmp_path.glob("out/*")), options, folder))
-        return SimpleNamespace(done=lambda: True)
+    def upload_folder(self, **options):
+        names = sorted(path.name for path in Path(options["folder_path"]).iterdir())
+        uploads.append((options["repo_id"], options["folder_path"], names, options["ignore_patterns"]))
+        return SimpleNamespace(is_done=lambda: True, done=lambda: True, result=lambda: None)
 
-    monkeypatch.setattr("transformers.trainer.create_repo", create_repo)
-    monkeypatch.setattr("transformers.trainer.upload_folder", upload_folder)
-    monkeypatch.setattr("transformers.trainer.Trainer.create_model_card", lambda self, **_: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create_repo)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
     more = ("--push_to_hub", "--hub_model_id", "someone/student", "--hub_strategy", "end", "--max_steps", "1")
     assert main(command(cache_path, student_path, tmp_path / "out", *more)) == 0
-    assert made[0][0] == "someone/student"
-    repo_id, names, options, folder = uploads[-1]
+    assert set(made) == {"someone/student"}
+    ((repo_id, folder, names, ignored),) = uploads
     assert (repo_id, folder) == ("someone/student", str(tmp_path / "out"))
-    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"} <= set(names)
-    assert any("checkpoint" in pattern for pattern in options["ignore_patterns"])
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md"} <= set(names)
+    assert "checkpoint-*" in ignored
