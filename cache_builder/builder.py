@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from cache_builder.engines.base import Engine, EngineConfig, check_window
 from cache_builder.pipeline import BackgroundWriter, score_shards
 from cache_builder.progress import Progress, Work
 from cache_builder.rows import Cutter
+from cache_builder.self_check import DEFAULT_TOKENS, check_engine
 from cache_builder.teacher import Teacher, find_teacher
 from storage_specs.codecs import PROFILES
+from storage_specs.columns import RowShape
 from storage_specs.document import KINDS, TOOL_ROLES, Document
 from storage_specs.errors import ConfigError
 from storage_specs.manifest import Manifest
@@ -37,7 +40,8 @@ class BuildConfig:
     """Everything that a build is told; the flags of `cache-builder build` by the same names.
 
     k_ids None: 16, or k where that is less. max_model_len None: the model's own, at most 4,096 tokens.
-    window_overlap None: an eighth of max_model_len, in tokens. engine_arguments: passed through to vLLM.
+    window_overlap None: an eighth of max_model_len, in tokens. self_check: tokens of the first documents that are
+    scored twice, by the engine and by an independent forward pass; 0 checks nothing. engine_arguments: for vLLM.
     """
 
     teacher: str
@@ -63,6 +67,7 @@ class BuildConfig:
     max_documents: int | None = None
     min_bytes: int = 0
     score_roles: tuple[str, ...] = ("assistant",)
+    self_check: int = DEFAULT_TOKENS
     engine_arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -70,8 +75,9 @@ class BuildConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}, but must be at least 1")
-        if self.min_bytes < 0:
-            raise ConfigError(f"min_bytes is {self.min_bytes}, but must not be negative")
+        for name in ("min_bytes", "self_check"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but must not be negative")
         if not 0 <= self.ids_kept <= self.k:
             raise ConfigError(f"k_ids is {self.k_ids}, but must be from 0 to k, which is {self.k}")
         if self.store not in STORES:
@@ -136,13 +142,15 @@ def build(config: BuildConfig) -> BuildReport:
     jobs = [(shard, [documents[number] for number in plan.shards[shard]]) for shard in missing]
     work = Work()
     characters = sum(len(document.text) for _, shard in jobs for document in shard)
-    with (
-        closing(engine),
-        Progress(characters, len(plan.shards) - len(jobs), len(plan.shards)) as progress,
-        BackgroundWriter(writer.write_shard, progress.shard_done) as writing,
-    ):
-        for shard, cached in score_shards(jobs, engine, cutter, config.ids_kept, work, progress):
-            writing.put(shard, cached)
+    with closing(engine):
+        drift = check_engine(engine, cutter, documents, config.self_check) if jobs else None
+        write = partial(writer.write_shard, drift=drift)
+        with (
+            Progress(characters, len(plan.shards) - len(jobs), len(plan.shards)) as progress,
+            BackgroundWriter(write, progress.shard_done) as writing,
+        ):
+            for shard, cached in score_shards(jobs, engine, cutter, config.ids_kept, work, progress):
+                writing.put(shard, cached)
     return BuildReport(
         manifest=writer.finalize(), shards_written=len(missing), work=work, seconds=time.monotonic() - started
     )
@@ -152,6 +160,7 @@ def _engine(config: BuildConfig, teacher: Teacher) -> Engine:
     longest = config.max_model_len or min(teacher.max_positions or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
     if teacher.max_positions and longest > teacher.max_positions:
         raise ConfigError(f"max_model_len is {longest}, but the teacher takes at most {teacher.max_positions} tokens")
+    shape = RowShape(k=config.k, k_ids=config.ids_kept, vocab_size=teacher.vocab_size, profile=config.profile)
     return make_engine(
         choose_engine(config.engine),
         EngineConfig(
@@ -160,6 +169,7 @@ def _engine(config: BuildConfig, teacher: Teacher) -> Engine:
             max_model_len=longest,
             k=config.k,
             vocab_size=teacher.vocab_size,
+            rank_edges=shape.rank_edges,
             arguments=config.engine_arguments,
         ),
     )

@@ -8,6 +8,7 @@ from storage_specs import manifest as manifest_json
 from storage_specs import plan, shard_table, vocabulary_table
 from storage_specs.columns import RowShape
 from storage_specs.document import HELD_OUT_RULE, is_held_out
+from storage_specs.drift import worst_drift
 from storage_specs.errors import (
     CacheMismatchError,
     IncompleteCacheError,
@@ -77,6 +78,7 @@ def commit(
             "corpus": {"digest": planned.corpus_digest, "documents": len(planned.doc_ids)},
             "codec": codec_facts(shape, records),
             "held_out": {"rule": HELD_OUT_RULE, "documents": sum(map(is_held_out, planned.doc_ids))},
+            "drift": worst_drift(record.drift for record in records),
             "rank_edges": shape.rank_edges and list(shape.rank_edges),
             "counts": counts_of(records),
             "plan": StoredObject.of(plan.NAME, objects.read(plan.NAME)).to_json(),

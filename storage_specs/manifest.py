@@ -7,6 +7,7 @@ from typing import Any
 from storage_specs import plan
 from storage_specs.columns import RowShape
 from storage_specs.document import canonical_json
+from storage_specs.drift import drift_problem
 from storage_specs.errors import ConfigError, IncompleteCacheError, MalformedObjectError, NotACacheError
 from storage_specs.objects import Objects
 from storage_specs.sealed_json import seal, unseal
@@ -26,10 +27,10 @@ class Manifest:
     cache_id: sha256 (hex) of all the others. teacher, tokenizer, chat_template, engine, windows: as the builder gave
     them. corpus: {digest, documents}. k, k_ids, vocab_size, store: see `CacheSettings`. codec: {profile, parameters,
     bound_l1_error, max_l1_error, p99_l1_error, mean_l1_error}: the bound is proven, the others measured. held_out:
-    {rule, documents}. rank_edges: ranks between which the bins of the tail lie, None without bins. counts: {documents,
-    rows, end_rows, empty_documents, text_bytes, unscored_bytes}. plan, shards, documents, vocabulary (None without
-    ids): the objects plan.json, shards.parquet, documents.parquet, vocabulary.parquet. config_digest: of the builder's
-    settings.
+    {rule, documents}. drift: the engine's, measured, or None (`storage_specs.drift`). rank_edges: ranks between which
+    the bins of the tail lie, None without bins. counts: {documents, rows, end_rows, empty_documents, text_bytes,
+    unscored_bytes}. plan, shards, documents, vocabulary (None without ids): the objects plan.json, shards.parquet,
+    documents.parquet, vocabulary.parquet. config_digest: of the builder's settings.
     """
 
     spec_version: int
@@ -46,6 +47,7 @@ class Manifest:
     store: str
     codec: dict[str, Any]
     held_out: dict[str, Any]
+    drift: dict[str, Any] | None
     rank_edges: list[int] | None
     counts: dict[str, int]
     plan: StoredObject
@@ -141,6 +143,8 @@ def _problem_of(manifest: Manifest) -> str | None:
         return f"k, k_ids and vocab_size are {sizes}, but 0 <= k_ids <= k <= vocab_size <= 2^32 and k >= 1 must hold"
     if manifest.store not in STORES:
         return f"store {manifest.store!r} is none of {', '.join(STORES)}"
+    if problem := drift_problem(manifest.drift):
+        return problem
     edges = manifest.row_shape.rank_edges
     if manifest.rank_edges != (None if edges is None else list(edges)):
         return f"rank_edges are {manifest.rank_edges!r:.100}, but those of its codec are {edges!r:.100}"

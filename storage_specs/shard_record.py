@@ -1,7 +1,9 @@
 """A shard's commit record, `shards/000000.json`, its last object: where record and objects verify, it is complete."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
+from storage_specs.drift import drift_problem
 from storage_specs.errors import CorruptCacheError, MalformedObjectError, SpecVersionError
 from storage_specs.l1_errors import L1Errors
 from storage_specs.objects import Objects
@@ -16,7 +18,7 @@ class ShardRecord:
     """One finished shard. Per document: doc_ids, document_rows, document_text_bytes. objects: all but the record.
 
     parts: how those objects are cut that have more than one part, by name. l1_errors: what storing its values cost.
-    unscored_bytes: of scored spans.
+    unscored_bytes: of scored spans. drift: what the run that wrote it measured of its engine (`storage_specs.drift`).
     """
 
     shard: int
@@ -29,6 +31,7 @@ class ShardRecord:
     l1_errors: L1Errors
     objects: tuple[StoredObject, ...]
     parts: dict[str, Parts]
+    drift: dict[str, Any] | None
 
     @property
     def name(self) -> str:
@@ -56,6 +59,8 @@ class ShardRecord:
                 name: Parts.from_json(parts, stored[name], place) for name, parts in value["parts"].items()
             }
             value["l1_errors"] = L1Errors.from_json(value["l1_errors"])
+            if problem := drift_problem(value["drift"]):
+                raise ValueError(problem)
             for key in ("doc_ids", "document_rows", "document_text_bytes"):
                 value[key] = tuple(value[key])
             return cls(**value)

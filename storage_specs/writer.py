@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import chain, islice
+from typing import Any
 
 from storage_specs import plan as plan_json
 from storage_specs import row_coding, shard_table, vocabulary_table
@@ -77,8 +78,10 @@ class CacheWriter:
                 self._records[shard] = record
         return missing
 
-    def write_shard(self, shard: int, documents: Sequence[CachedDocument]) -> ShardRecord:
-        """Write one shard, its record last. `documents`: those of the plan, in its order.
+    def write_shard(
+        self, shard: int, documents: Sequence[CachedDocument], drift: dict[str, Any] | None = None
+    ) -> ShardRecord:
+        """Write one shard, its record last. `documents`: those of the plan, in its order. drift: see `ShardRecord`.
 
         Raises InvalidDocumentError before anything is written, ConfigError (no such shard, or a finished cache),
         StorageFullError (what was written of the shard is removed again).
@@ -109,6 +112,7 @@ class CacheWriter:
             l1_errors=L1Errors.of(l1_error_N),
             objects=objects,
             parts=parts,
+            drift=drift,
         )
         self._records.pop(shard, None)
         self.objects.delete(record.name)  # from here on the shard counts as missing, until its new record stands

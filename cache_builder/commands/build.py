@@ -54,6 +54,7 @@ def parser() -> Parser:
     add("--min_bytes", type=int, metavar="N", help="pass over documents of fewer UTF-8 bytes")
     add("--store", metavar="NAME", help="zarr | arrow (zarr)")
     add("--profile", metavar="NAME", help="how values are stored: exact | half | compact (compact)")
+    add("--self_check", type=int, metavar="N", help="first tokens compared with an independent forward (512; 0 = none)")
     add("--documents_per_shard", type=int, metavar="N", help="documents per shard, the unit of resuming (256)")
     return flags
 
