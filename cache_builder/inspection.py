@@ -6,8 +6,9 @@ from io import BytesIO
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from storage_specs.objects import open_objects
 from storage_specs.reader import Cache, open_cache
+from storage_specs.shard_bytes import ObjectParts
+from storage_specs.stored_object import StoredObject
 
 if TYPE_CHECKING:
     from cache_builder.builder import BuildReport
@@ -45,20 +46,22 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
 def column_bytes(cache: Cache) -> dict[str, int]:
     """Stored bytes of every column over all shards; `other` is what belongs to none (headers, records, footers).
 
-    Parquet shards say inside what their columns cost, so they are read whole and verified; of other objects only the
-    size is looked at. Raises CorruptCacheError's kinds.
+    Only sizes are looked at, and of Parquet shards the footers, which say what their columns cost. Raises
+    CorruptCacheError's kinds.
     """
     sizes: Counter[str] = Counter()
-    objects = open_objects(cache.path)
-    for stored in chain.from_iterable(cache.table.objects):
-        inside = stored.name.split("/")[1:]
-        if stored.name.endswith(".parquet"):
-            columns = _parquet_columns(objects.fetch(stored))
-            sizes.update(columns)
-            sizes["other"] += stored.size - sum(columns.values())
-        else:
-            objects.check_size(stored)
-            sizes[inside[1] if len(inside) > 2 else "other"] += stored.size
+    objects = cache.reader.objects
+    there = dict(objects.list("shards/"))
+    for shard in range(len(cache.documents_per_shard)):
+        for stored in cache.table.objects[shard]:
+            objects.check_size(stored, there)
+            inside = stored.name.split("/")[1:]
+            if stored.name.endswith(".parquet"):
+                columns = _parquet_columns(cache, shard, stored)
+                sizes.update(columns)
+                sizes["other"] += stored.size - sum(columns.values())
+            else:
+                sizes[inside[1] if len(inside) > 2 else "other"] += stored.size
     return dict(sorted(sizes.items(), key=lambda item: (item[0] == "other", -item[1], item[0])))
 
 
@@ -99,14 +102,18 @@ def show_rows(path: str | os.PathLike[str], count: int) -> str:
 
 def build_summary(report: "BuildReport", path: str | os.PathLike[str]) -> str:
     """What one call of `build` did and what the cache holds now."""
-    counts, work = report.manifest.counts, report.work
-    size = sum(stored.size for stored in chain.from_iterable(open_cache(path).table.objects))
-    rows = counts["rows"]
+    work = report.work
     if report.shards_written:
         speed = f"; {work.tokens:,} tokens in {report.seconds:.1f} s, {work.tokens / report.seconds:,.0f} tok/s"
         did = f"wrote {report.shards_written:,} shards{speed}"
     else:
         did = "already complete, nothing to do"
+    if report.manifest is None:
+        return (
+            f"{path}: {did}\n{report.shards_missing:,} shards of other ranges are missing; who writes the last ends it"
+        )
+    counts, rows = report.manifest.counts, report.manifest.counts["rows"]
+    size = sum(stored.size for stored in chain.from_iterable(open_cache(path).table.objects))
     return (
         f"{path}: {did}\n"
         f"{counts['documents']:,} documents ({counts['empty_documents']:,} without rows), {rows:,} rows, "
@@ -115,11 +122,15 @@ def build_summary(report: "BuildReport", path: str | os.PathLike[str]) -> str:
     )
 
 
-def _parquet_columns(data: bytes) -> dict[str, int]:
+def _parquet_columns(cache: Cache, shard: int, stored: StoredObject) -> dict[str, int]:
+    """What the footer, a Parquet file's last part, says of its columns."""
     import pyarrow.parquet as pq
 
+    parts = cache.reader.record(shard).parts
+    source = ObjectParts(cache.reader.objects, [stored], parts)
+    footer = source.read(stored.name, stored.size - parts[stored.name].sizes[-1] if stored.name in parts else 0)
     sizes: Counter[str] = Counter()
-    metadata = pq.ParquetFile(BytesIO(data)).metadata
+    metadata = pq.read_metadata(BytesIO(footer))
     for group in range(metadata.num_row_groups):
         for number in range(metadata.num_columns):
             column = metadata.row_group(group).column(number)

@@ -6,68 +6,119 @@ committed when all its rows are there, as ever, so that an interruption costs th
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from cache_builder.engines.base import Engine, WindowScores
+from cache_builder.engines.base import Engine
 from cache_builder.progress import Progress, Work
 from cache_builder.rows import Cutter, cached_document
 from storage_specs.document import CachedDocument, Document
-from storage_specs.windows import Window
 
-Jobs = Sequence[tuple[int, Sequence[Document]]]
+Job = tuple[int, Sequence[Document]]  # a shard's number and its documents
 # One thread encodes about 40,000 rows a second at k = 64, a GPU may score more than 100,000.
 WRITERS = 4
 # Shards not written yet, those being written included; each holds its rows (about 200 MB for half a million, k = 64).
 SHARDS_WAITING = 6
 
 
-def score_shards(
-    jobs: Jobs, engine: Engine, cutter: Cutter, k_ids: int, work: Work, progress: Progress
-) -> Iterator[tuple[int, list[CachedDocument]]]:
-    """(shard, its documents with their rows) for each job, in order. `work` and `progress` are told of every document.
+@dataclass(kw_only=True)
+class OpenShard:
+    """A shard whose requests are with the engine. finish: its documents, from the results of all its requests."""
 
-    Raises what cutting and scoring raise.
+    shard: int
+    documents: Sequence[Document]
+    requests: Sequence[Any]
+    finish: Callable[[list[Any], Work], list[CachedDocument]]
+    work: Work
+
+
+class Feed:
+    """The requests of one shard after the other, made when the engine asks for them.
+
+    Where `jobs` has nothing for the moment, so has this; asked again later it may go on, like the jobs themselves.
     """
+
+    def __init__(self, jobs: Iterator[Job], open_shard: Callable[[Job], OpenShard]) -> None:
+        self.jobs, self.open_shard = jobs, open_shard
+        self.opened: deque[OpenShard] = deque()
+        self.requests: Iterator[Any] = iter(())
+
+    def __iter__(self) -> "Feed":
+        return self
+
+    def __next__(self) -> Any:
+        while True:
+            for request in self.requests:
+                return request
+            opened = self.open_shard(next(self.jobs))
+            self.opened.append(opened)
+            self.requests = iter(opened.requests)
+
+
+def finished_shards(
+    jobs: Iterable[Job],
+    open_shard: Callable[[Job], OpenShard],
+    ask: Callable[[Iterable[Any]], Iterator[Any]],
+    progress: Progress,
+) -> Iterator[tuple[OpenShard, list[CachedDocument]]]:
+    """Every job's shard with its finished documents, in order. `ask`: an engine's `score` or `generate`.
+
+    `progress` is told of every shard. Raises what opening and asking raise.
+    """
+    feed = Feed(iter(jobs), open_shard)
+    results: list[Any] = []
+
+    def ready() -> Iterator[tuple[OpenShard, list[CachedDocument]]]:
+        while feed.opened and len(results) >= len(feed.opened[0].requests):
+            opened = feed.opened.popleft()
+            count = len(opened.requests)
+            cached = opened.finish(results[:count], opened.work)
+            del results[:count]
+            progress.tokens(opened.work.tokens)
+            for document in opened.documents:
+                progress.document_done(document)
+            progress.shard_scored()
+            yield opened, cached
+
+    for result in ask(feed):
+        results.append(result)
+        yield from ready()
+    yield from ready()  # shards without any request
+
+
+def windows_of_shard(job: Job, cutter: Cutter, k: int, k_ids: int, bins: int | None) -> OpenShard:
+    """A shard to be scored. Raises TokenizerError, ChatTemplateError, ConfigError."""
+    shard, documents = job
+    cut = [cutter.windows(document) for document in documents]
+
+    def finish(results: list[Any], work: Work) -> list[CachedDocument]:
+        scores = iter(results)
+        return [
+            cached_document(document, windows, [next(scores) for _ in windows], k, k_ids, bins)
+            for document, windows in zip(documents, cut, strict=True)
+        ]
+
+    work = Work(
+        tokens=sum(len(window.ids) for windows in cut for window in windows),
+        windows_cut=sum(max(0, len(windows) - 1) for windows in cut),
+    )
+    requests = [window for windows in cut for window in windows]
+    return OpenShard(shard=shard, documents=documents, requests=requests, finish=finish, work=work)
+
+
+def score_shards(
+    jobs: Iterable[Job], engine: Engine, cutter: Cutter, k_ids: int, work: Work, progress: Progress
+) -> Iterator[tuple[int, list[CachedDocument]]]:
+    """(shard, its documents with their rows) for each job, in order; `work` counts them all."""
     k, edges = engine.config.k, engine.config.rank_edges
     bins = None if edges is None else len(edges) - 1
-    scored = _score_documents((document for _, members in jobs for document in members), engine, cutter)
-    for shard, members in jobs:
-        cached = []
-        for document, windows, scores in islice(scored, len(members)):
-            tokens = sum(len(window.ids) for window in windows)
-            work.windows_cut += max(0, len(windows) - 1)
-            work.tokens += tokens
-            progress.tokens(tokens)
-            progress.document_done(document)
-            cached.append(cached_document(document, windows, scores, k, k_ids, bins))
-        progress.shard_scored()
-        yield shard, cached
-
-
-def _score_documents(
-    documents: Iterator[Document], engine: Engine, cutter: Cutter
-) -> Iterator[tuple[Document, list[Window], list[WindowScores]]]:
-    """Every document with its windows and their scores, in order; documents without windows have none."""
-    waiting: deque[tuple[Document, list[Window]]] = deque()
-
-    def windows() -> Iterator[Window]:
-        for document in documents:
-            waiting.append((document, cutter.windows(document)))
-            yield from waiting[-1][1]
-
-    scores: list[WindowScores] = []
-    for score in engine.score(windows()):
-        while not waiting[0][1]:
-            yield *waiting.popleft(), []
-        scores.append(score)
-        if len(scores) == len(waiting[0][1]):
-            yield *waiting.popleft(), scores
-            scores = []
-    while waiting:
-        yield *waiting.popleft(), []
+    opening = partial(windows_of_shard, cutter=cutter, k=k, k_ids=k_ids, bins=bins)
+    for opened, cached in finished_shards(jobs, opening, engine.score, progress):
+        work.add(opened.work)
+        yield opened.shard, cached
 
 
 class BackgroundWriter:

@@ -13,10 +13,19 @@ from storage_specs.document import Document
 
 @dataclass(kw_only=True)
 class Work:
-    """tokens: read by the teacher, prefixes and overlaps included. windows_cut: windows beyond a document's first."""
+    """tokens: read by the teacher, prefixes and overlaps included. windows_cut: windows beyond a document's first.
+
+    refused: completions that are no UTF-8.
+    """
 
     tokens: int = 0
     windows_cut: int = 0
+    refused: int = 0
+
+    def add(self, other: "Work") -> None:
+        self.tokens += other.tokens
+        self.windows_cut += other.windows_cut
+        self.refused += other.refused
 
 
 class Progress:

@@ -4,7 +4,9 @@ Nothing here reads weights into memory; that is left to the engine, and only whe
 """
 
 import hashlib
+import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 from storage_specs.document import canonical_json
 from storage_specs.errors import ConfigError, TokenizerError
 from storage_specs.rendering import chat_template_digest
-from storage_specs.vocabulary import tokenizer_digest
+from storage_specs.vocabulary import special_roles, tokenizer_digest
 
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")  # the first that matches
@@ -25,16 +27,18 @@ class Teacher:
 
     folder: local Hugging Face folder. dtype: the name of a torch dtype, resolved. max_positions: the model's own limit
     in tokens, or None. vocab_size: width of its logits. chat_template: what chats are rendered with, or None.
+
+    Behind an endpoint there is no digest of weights or config, and folder and tokenizer only where one was named.
     """
 
     name: str
     revision: str | None
-    folder: Path
+    folder: Path | None
     dtype: str
     max_positions: int | None
     vocab_size: int
     weights_digest: str | None
-    config_digest: str
+    config_digest: str | None
     tokenizer: Any
     chat_template: str | None
 
@@ -49,10 +53,23 @@ class Teacher:
         }
 
     def tokenizer_identity(self) -> dict[str, Any]:
-        return {"digest": tokenizer_digest(self.tokenizer)}
+        return {"digest": None if self.tokenizer is None else tokenizer_digest(self.tokenizer)}
 
     def chat_template_identity(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return {"digest": chat_template_digest(self.chat_template), "kwargs": kwargs}
+
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens with which this teacher ends a text or a turn: its generation config's and its tokenizer's."""
+        if self.tokenizer is None:
+            return ()
+        ends = {token for token, role in special_roles(self.tokenizer).items() if role in ("eos", "end_of_turn")}
+        if getattr(self.tokenizer, "eos_token_id", None) is not None:
+            ends.add(self.tokenizer.eos_token_id)
+        named = None
+        with suppress(OSError, ValueError, AttributeError, TypeError):  # none, or unreadable: the tokenizer's will do
+            named = json.loads((self.folder / "generation_config.json").read_bytes()).get("eos_token_id")
+        ends |= set(named if isinstance(named, list) else [] if named is None else [named])
+        return tuple(sorted(token for token in ends if token < self.vocab_size))
 
 
 def find_teacher(
@@ -89,6 +106,43 @@ def find_teacher(
         config_digest=hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
         tokenizer=tokenizer_object,
         chat_template=_template(chat_template_file, tokenizer_object),
+    )
+
+
+def endpoint_teacher(
+    name: str,
+    *,
+    revision: str | None,
+    tokenizer: str | None,
+    chat_template_file: str | None,
+    vocab_size: int | None,
+    needs_tokenizer: bool,
+) -> Teacher:
+    """A teacher behind an endpoint, which knows it as `name`.
+
+    tokenizer: a folder or hub name; without one the endpoint tokenises, and `vocab_size` has to be given. Raises
+    ConfigError, TokenizerError.
+    """
+    if tokenizer is None:
+        if needs_tokenizer:
+            raise ConfigError("engine server sends token ids in mode score and where k_ids > 0: name its --tokenizer")
+        if vocab_size is None:
+            raise ConfigError("an endpoint does not say how many words its vocabulary has: give --vocab_size")
+        if chat_template_file is not None:
+            raise ConfigError("--chat_template needs --tokenizer: without one the endpoint renders chats itself")
+    folder = None if tokenizer is None else _local_folder(tokenizer, None)[0]
+    loaded = None if folder is None else _tokenizer(folder)
+    return Teacher(
+        name=name,
+        revision=revision,
+        folder=folder,
+        dtype="unknown",
+        max_positions=None,
+        vocab_size=vocab_size or len(loaded),
+        weights_digest=None,
+        config_digest=None,
+        tokenizer=loaded,
+        chat_template=None if loaded is None else _template(chat_template_file, loaded),
     )
 
 

@@ -6,21 +6,39 @@ from typing import Any
 from transformers import TrainingArguments
 
 from distill.alignment import MODES
+from distill.loss_mixture import LOSSES, LossMixture
+from distill.word_map import MAPPINGS
 from storage_specs.errors import ConfigError
 
 NORMALIZATIONS = ("tokens", "samples")
+ON_CORRUPT = ("stop", "quarantine")
+STRATEGIES = ("random", "group_by_length")
+METRIC = "bits_per_byte"
 
 
 @dataclass
 class DistillationConfig(TrainingArguments):
     """Training arguments of `CachedDistillationTrainer`. Raises ConfigError for values that cannot be."""
 
-    ce_weight: float = field(default=1.0, metadata={"help": "weight of the cross entropy on the text (paper: 1)"})
-    uld_weight: float = field(
-        default=1.5, metadata={"help": "weight of ULD on the teacher's sorted values (paper: 1.5)"}
+    loss: str = field(
+        default="ce:1,uld:1.5",
+        metadata={"help": f"losses and weights, of {', '.join(LOSSES)} (default, the paper's: ce:1,uld:1.5)"},
     )
-    mapped_weight: float = field(
-        default=0.0, metadata={"help": "weight of the divergence on the teacher's words; needs a cache with ids"}
+    mapping: str = field(
+        default="first_token", metadata={"help": f"which student word a teacher's id is: {' | '.join(MAPPINGS)}"}
+    )
+    jsd_beta: float = field(default=0.5, metadata={"help": "the teacher's part in the mixture of jsd, in (0, 1)"})
+    likelihood_temperature: float = field(
+        default=100.0, metadata={"help": "tau of the likelihood loss: probabilities to the power of 1 / tau (100)"}
+    )
+    probe_steps: int = field(
+        default=0,
+        metadata={
+            "help": "every N steps: the teacher's gradients against CE's, and what both do to held-out text (0 = never)"
+        },
+    )
+    max_eval_documents: int | None = field(
+        default=None, metadata={"help": "--eval_steps scores the first N held-out documents; default all"}
     )
     align: str = field(default="boundary", metadata={"help": f"which positions are compared: {' | '.join(MODES)}"})
     skip_numerals: bool = field(
@@ -32,6 +50,16 @@ class DistillationConfig(TrainingArguments):
     )
     window_overlap: int | None = field(
         default=None, metadata={"help": "tokens of context that a later window repeats; default max_length / 8"}
+    )
+    packing: bool = field(
+        default=False, metadata={"help": "several windows in one row of max_length tokens, kept apart by the model"}
+    )
+    use_peft: bool = field(default=False, metadata={"help": "train LoRA adapters and nothing else"})
+    lora_r: int = field(default=16, metadata={"help": "rank of the adapters"})
+    lora_alpha: int = field(default=32, metadata={"help": "scale of the adapters, times 1 / lora_r"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "dropout in front of the adapters"})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "modules that get adapters, or all-linear; default: peft's for the model"}
     )
     loss_normalization: str = field(
         default="tokens",
@@ -45,6 +73,13 @@ class DistillationConfig(TrainingArguments):
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "JSON arguments of the student's chat template"}
     )
+    on_corrupt: str = field(
+        default="stop",
+        metadata={
+            "help": "a shard that breaks during training: stop with a checkpoint | quarantine: leave its documents out "
+            "and list them in quarantine.jsonl"
+        },
+    )
     # Batches hold documents, not columns; nothing may be removed from them.
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "must stay false: batches are whole documents"}
@@ -56,6 +91,7 @@ class DistillationConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs"]  # noqa: RUF012 (HF's own list)
 
     def __post_init__(self) -> None:
+        self._choose_metric()
         try:
             super().__post_init__()
         except Exception as error:  # every backend and integration that it looks for has errors of its own
@@ -73,21 +109,37 @@ class DistillationConfig(TrainingArguments):
             raise ConfigError(f"chat_template_kwargs is {self.chat_template_kwargs!r}: must be a JSON object, {{...}}")
         if self.label_smoothing_factor:
             raise ConfigError("label_smoothing_factor must be 0: the teacher's distributions are what smooths here")
-        for name in ("ce_weight", "uld_weight", "mapped_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} is {getattr(self, name)}: a weight is a finite number of at least 0")
-        if self.ce_weight == self.uld_weight == self.mapped_weight == 0:
-            raise ConfigError("ce_weight, uld_weight and mapped_weight are all 0: nothing would be learned")
+        self.loss = str(self.mixture)
+        if self.mapping not in MAPPINGS:
+            raise ConfigError(f"mapping is {self.mapping!r}: must be one of {', '.join(MAPPINGS)}")
+        if not 0 < self.jsd_beta < 1:
+            raise ConfigError(f"jsd_beta is {self.jsd_beta}: must lie between 0 and 1 (the forward KL is --loss kl:1)")
+        if not 0 < self.likelihood_temperature < float("inf"):
+            raise ConfigError(f"likelihood_temperature is {self.likelihood_temperature}: must be finite and above 0")
+        if self.probe_steps < 0:
+            raise ConfigError(f"probe_steps is {self.probe_steps}: must not be negative (0 = never)")
+        if self.max_eval_documents is not None and self.max_eval_documents < 1:
+            raise ConfigError(f"max_eval_documents is {self.max_eval_documents}: must be at least 1")
         if self.align not in MODES:
             raise ConfigError(f"align is {self.align!r}: must be one of {', '.join(MODES)}")
-        if self.align == "merge" and self.mapped_weight:
+        if self.align == "merge" and self.mixture.not_merged:
             raise ConfigError(
-                "align is 'merge' with a mapped_weight: merged rows stand behind different texts of the two sides, so "
-                "their words cannot be compared; use --align boundary, or --mapped_weight 0"
+                f"align is 'merge' with {' and '.join(self.mixture.not_merged)}: merged rows stand behind different "
+                "texts of the two sides, so their words cannot be compared; use --align boundary, or leave them out"
             )
         if self.loss_normalization not in NORMALIZATIONS:
             raise ConfigError(
                 f"loss_normalization is {self.loss_normalization!r}: must be one of {', '.join(NORMALIZATIONS)}"
+            )
+        if self.on_corrupt not in ON_CORRUPT:
+            raise ConfigError(f"on_corrupt is {self.on_corrupt!r}: must be one of {', '.join(ON_CORRUPT)}")
+        if self.train_sampling_strategy not in STRATEGIES:
+            raise ConfigError(
+                f"train_sampling_strategy is {self.train_sampling_strategy!r}: must be one of {', '.join(STRATEGIES)}"
+            )
+        if self.lora_r < 1 or not 0 <= self.lora_dropout < 1:
+            raise ConfigError(
+                f"lora_r is {self.lora_r} and lora_dropout {self.lora_dropout}: need at least 1, and [0, 1)"
             )
         if self.max_length < 2:
             raise ConfigError(f"max_length is {self.max_length}: a window holds at least one token and the next")
@@ -97,14 +149,22 @@ class DistillationConfig(TrainingArguments):
             raise ConfigError(f"window_overlap is {self.window_overlap}: must be at least 1 and below max_length")
         if self.dataloader_num_workers:
             raise ConfigError("dataloader_num_workers must be 0: batches are prepared in the training process")
-        if self.eval_strategy != "no":
-            raise ConfigError(
-                "eval_strategy must be no: `distill evaluate` measures held-out bits per byte after training"
-            )
         if self.remove_unused_columns:
             raise ConfigError("remove_unused_columns must be false: batches are whole documents, not columns")
 
     @property
-    def kd_weight(self) -> float:
-        """Everything that is asked of the teacher; 0 = plain cross entropy, and no row is read."""
-        return self.uld_weight + self.mapped_weight
+    def mixture(self) -> LossMixture:
+        """What `loss` says."""
+        return LossMixture.parse(self.loss)
+
+    def _choose_metric(self) -> None:
+        """The only metric there is, and that less of it is better. Raises ConfigError for another."""
+        if self.metric_for_best_model is None and not self.load_best_model_at_end:
+            return
+        metric = (self.metric_for_best_model or METRIC).removeprefix("eval_")
+        if metric != METRIC or self.greater_is_better:
+            raise ConfigError(
+                f"metric_for_best_model is {metric!r}, greater_is_better {self.greater_is_better}: held-out "
+                f"{METRIC} is what is measured, and less of it is better; leave both out"
+            )
+        self.metric_for_best_model, self.greater_is_better = METRIC, False

@@ -1,32 +1,100 @@
 """A cache's documents as a map-style dataset: training and held-out documents apart, numbered shard after shard."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from torch.utils.data import Dataset
 
+from distill.quarantine import Quarantine
+from distill.sampler import MicroBatch
+from storage_specs.columns import Columns
 from storage_specs.document import CachedDocument
+from storage_specs.errors import CorruptCacheError
 from storage_specs.reader import Cache, open_cache
 
 
 class CachedDocuments(Dataset[CachedDocument]):
     """The documents of a cache that may be trained on, or with `held_out` those that never are.
 
-    Documents without a single teacher row are left out of both. Items are decoded and verified when asked for; the
-    cache keeps the last few shards. `cache` is an open cache, or its folder or URL, of which ids are read only with
-    `ids`. Raises what `open_cache` raises.
+    Documents without a single teacher row are left out of both. Items are decoded and verified when asked for; asked
+    for a `MicroBatch`, the dataset keeps the decoded shards that it names as open and no others, so that an epoch
+    decodes each once. `cache` is an open cache, or its folder or URL, of which ids are read only with `ids`;
+    `documents` takes only the first so many. documents_per_shard: (shards,) int64. quarantine: where broken shards go,
+    whose documents are then missing from micro-batches; None = they raise. Raises what `open_cache` raises.
     """
 
-    def __init__(self, cache: Cache | str | Path, held_out: bool = False, ids: bool = False) -> None:
+    def __init__(
+        self, cache: Cache | str | Path, held_out: bool = False, ids: bool = False, documents: int | None = None
+    ) -> None:
         self.cache = cache if isinstance(cache, Cache) else open_cache(cache, ids=ids)
-        shard_of = np.repeat(np.arange(len(self.cache.documents_per_shard)), self.cache.documents_per_shard)
-        self.numbers = np.flatnonzero((self.cache.rows_D > 0) & (self.cache.held_out_D == held_out))
-        self.documents_per_shard: list[int] = np.bincount(
-            shard_of[self.numbers], minlength=len(self.cache.documents_per_shard)
-        ).tolist()
+        # A byte for each document and a number for each shard: 10^10 rows are planned in a few megabytes.
+        self._wanted = (self.cache.rows_D > 0) & (self.cache.held_out_D == held_out)
+        if documents is not None:
+            self._wanted[np.flatnonzero(self._wanted)[documents:]] = False
+        self._first = np.concatenate([[0], np.cumsum(self.cache.documents_per_shard, dtype=np.int64)])
+        self.documents_per_shard = np.array(
+            [np.count_nonzero(self._wanted[a:b]) for a, b in zip(self._first[:-1], self._first[1:], strict=True)],
+            dtype=np.int64,
+        )
+        self._offsets = np.concatenate([[0], np.cumsum(self.documents_per_shard)])
+        self.quarantine: Quarantine | None = None
+        self._open: dict[int, Columns] = {}
+        self._lock = Lock()  # batches are prepared in a thread of their own
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return int(self._offsets[-1])
 
     def __getitem__(self, index: int) -> CachedDocument:
-        return self.cache.streamed(int(self.numbers[index]))
+        shard, number = self.place_of(index)
+        return self.cache.streamed(int(self._first[shard]) + number)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[CachedDocument]:
+        """The documents of a batch."""
+        if not isinstance(indices, MicroBatch):
+            return [self[index] for index in indices]
+        with self._lock:
+            self._open = {shard: self._open[shard] for shard in indices.open_shards if shard in self._open}
+            places = [self.place_of(index) for index in indices]
+            for shard in dict.fromkeys(shard for shard, _ in places):
+                if shard not in self._open and not self._is_quarantined(shard):
+                    self._read(shard, indices.epoch)
+            return [self._open[shard].document(number) for shard, number in places if shard in self._open]
+
+    def sample(self, count: int) -> list[CachedDocument]:
+        """The first documents, without those of shards in quarantine."""
+        found = []
+        for index in range(min(count, len(self))):
+            one = MicroBatch([index])
+            one.open_shards = (self.place_of(index)[0],)
+            found += self.__getitems__(one)
+        return found
+
+    def place_of(self, index: int) -> tuple[int, int]:
+        """(shard, number of the document in it). Raises IndexError."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)}")
+        index %= len(self)
+        shard = int(np.searchsorted(self._offsets, index, side="right")) - 1
+        members = np.flatnonzero(self._wanted[self._first[shard] : self._first[shard + 1]])
+        return shard, int(members[index - self._offsets[shard]])
+
+    def _is_quarantined(self, shard: int) -> bool:
+        return self.quarantine is not None and shard in self.quarantine
+
+    def _read(self, shard: int, epoch: int) -> None:
+        try:
+            self._open[shard] = self.cache.reader.columns(shard)
+        except CorruptCacheError as error:
+            if self.quarantine is None:
+                raise
+            first = self._first[shard]
+            lost = first + np.flatnonzero(self._wanted[first : self._first[shard + 1]])
+            documents = [(self.cache.doc_ids[number], self.cache.rows_D[number]) for number in lost.tolist()]
+            self.quarantine.add(shard, epoch, error, documents)
+
+    @property
+    def text_bytes(self) -> np.ndarray:
+        """(documents,) int64: UTF-8 bytes of each document's text, known before a shard is read."""
+        return self.cache.text_bytes_D[self._wanted]

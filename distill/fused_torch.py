@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from distill.teacher_tail import TailLaws, area_above
 
-__all__ = ["SMALLEST_COMPLEMENT", "TAIL_STEPS", "TAIL_STEP_NATS", "TorchRowLosses", "top_logits"]
+__all__ = ["SMALLEST_COMPLEMENT", "TAIL_STEPS", "TAIL_STEP_NATS", "TorchRowLosses", "student_words", "top_logits"]
 
 # Below this the mass that a student leaves to all other words is rounding error of float32, and its logarithm noise.
 SMALLEST_COMPLEMENT = 1e-6
@@ -79,7 +79,7 @@ class TorchRowLosses(torch.autograd.Function):
                 tail_sign_N = signs_NB[:, 0]
             head_own_NK = q_NK * (sign_NK - tail_sign_N[:, None])
         if words_NI is not None:
-            mapped_NI, mass_NI, exists_NI = _student_words(words_NI, word_probs_NI.to(dtype))
+            mapped_NI, mass_NI, exists_NI = student_words(words_NI, word_probs_NI.to(dtype))
             log_q_NI = gather(mapped_NI) - lse_N[:, None]
             q_NI = log_q_NI.exp() * exists_NI
             rest_N = (1 - mass_NI.sum(1)).clamp(min=0)
@@ -172,7 +172,7 @@ def _log_sum_exp(z_RV: torch.Tensor) -> torch.Tensor:
     return z_RV.amax(1) - torch.softmax(z_RV, 1).amax(1).log()
 
 
-def _student_words(words_NI: torch.Tensor, probs_NI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def student_words(words_NI: torch.Tensor, probs_NI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Distinct student words of a row, the teacher's mass on each, and 1 where there is one (0: word 0 with mass 0)."""
     words_NI, order_NI = words_NI.sort(dim=1)
     probs_NI = probs_NI.gather(1, order_NI)

@@ -3,6 +3,7 @@
     distill train --model_name_or_path HuggingFaceTB/SmolLM2-135M --cache my-cache --output_dir student
     distill align-report --cache my-cache --student HuggingFaceTB/SmolLM2-135M --html report.html
     distill evaluate --cache my-cache --model before=HuggingFaceTB/SmolLM2-135M --model after=student
+    distill bench reader my-cache
 
 Nothing heavy is imported before a command runs, so that --help answers at once.
 """
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distill.bench import bench
 from storage_specs.command_line import Parser, nearest, parse, run
 from storage_specs.errors import ConfigError
 
@@ -19,7 +21,9 @@ SUMMARY = {
     "train": "train a student on a cache; the same command resumes",
     "align-report": "what a student would learn from a cache, and where not, before anything is trained",
     "evaluate": "held-out bits per byte of students and of the teacher",
+    "bench": "how fast a cache is read on this machine",
 }
+RUN = ("model_name_or_path", "cache", "corpus", "cache_dir", "cache_bytes", "dtype")
 EXPECTED = ("cache_id", "teacher_name", "teacher_tokenizer_digest")
 
 
@@ -34,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     command, rest = arguments[0], arguments[1:]
     if command not in SUMMARY:
         raise ConfigError(f"distill: unknown command {command!r}{nearest(command, SUMMARY)}")
-    return {"train": _train, "align-report": _align_report, "evaluate": _evaluate}[command](rest)
+    return {"train": _train, "align-report": _align_report, "evaluate": _evaluate, "bench": bench}[command](rest)
 
 
 def entry() -> None:
@@ -46,17 +50,29 @@ def train_parser() -> Parser:
     """The flags of `train` that are its own or most used; `DistillationConfig` holds defaults and checks values."""
     parser = Parser(
         prog="distill train",
-        description="Train a student on a cache: CE + ULD + mapped. The same command resumes an interrupted run.",
+        description="Train a student on a cache, by the losses of --loss. The same command resumes an interrupted run.",
         epilog="Every other field of transformers.TrainingArguments is a flag too: --bf16, --max_grad_norm 1 ...",
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
     add("--model_name_or_path", required=True, metavar="MODEL", help="hub name or local folder of the student")
     add("--cache", required=True, metavar="PLACE", help="a finished cache: folder or URL (s3://, gs://, az://, hf://)")
+    add("--corpus", metavar="PATH", help="the texts of a cache that keeps none: what it was built from")
+    add("--cache_dir", metavar="DIR", help="keep on this disk what is read of a remote cache ($TEACH_ONCE_CACHE_DIR)")
+    add("--cache_bytes", type=int, metavar="N", help="at most that much of it ($TEACH_ONCE_CACHE_BYTES, 32 GiB)")
     add("--output_dir", required=True, metavar="DIR", help="checkpoints and the trained student")
-    add("--ce_weight", metavar="W", help="weight of the cross entropy on the text (1)")
-    add("--uld_weight", metavar="W", help="weight of ULD on the teacher's sorted values (1.5)")
-    add("--mapped_weight", metavar="W", help="weight of the divergence on the teacher's words; needs ids (0)")
+    add(
+        "--loss",
+        metavar="MIX",
+        help="losses and weights: ce, uld, mapped, hybrid, likelihood; kl, jsd with the teacher's tokenizer "
+        "(ce:1,uld:1.5, the paper's)",
+    )
+    add(
+        "--mapping",
+        metavar="M",
+        help="a teacher's id is the student's word: first_token = of its bytes | equal_bytes = only a whole one "
+        "(first_token)",
+    )
     add(
         "--align",
         metavar="MODE",
@@ -82,10 +98,25 @@ def train_parser() -> Parser:
         metavar="D",
         help="weights in memory: float32 | bfloat16 | float16 | auto (float32; --bf16 = mixed precision)",
     )
+    add("--use_peft", action="store_true", help="train LoRA adapters and nothing else")
+    add("--lora_r", metavar="R", help="rank of the adapters (16)")
+    add("--lora_alpha", metavar="A", help="scale of the adapters, times 1 / lora_r (32)")
+    add("--lora_dropout", metavar="P", help="dropout in front of the adapters (0.05)")
+    add(
+        "--lora_target_modules",
+        nargs="+",
+        metavar="M",
+        help="modules with adapters, or all-linear (peft's for the model)",
+    )
+    add("--packing", action="store_true", help="several windows in one row of max_length tokens, kept apart")
+    add("--on_corrupt", metavar="DO", help="a shard that breaks: stop with a checkpoint | quarantine it (stop)")
     add("--max_steps", metavar="N", help="optimisation steps; without it --num_train_epochs (3) counts")
     add("--per_device_train_batch_size", metavar="N", help="documents per micro-batch and process (8)")
     add("--gradient_accumulation_steps", metavar="N", help="micro-batches per optimisation step (1)")
     add("--learning_rate", metavar="R", help="peak learning rate (5e-5)")
+    add("--eval_strategy", metavar="S", help="held-out bits per byte while training: no | steps | epoch (no)")
+    add("--eval_steps", metavar="N", help="steps between two of these")
+    add("--probe_steps", metavar="N", help="steps between two probes of what the teacher's losses do (0 = never)")
     add("--save_steps", metavar="N", help="steps between checkpoints (500)")
     add("--seed", metavar="N", help="decides the order of documents (42)")
     for name in EXPECTED:
@@ -101,6 +132,7 @@ def evaluate_parser() -> Parser:
     )
     add = parser.add_argument
     add("--cache", required=True, metavar="PLACE", help="a finished cache: folder or URL (s3://, gs://, az://, hf://)")
+    add("--corpus", metavar="PATH", help="the texts of a cache that keeps none: what it was built from")
     add(
         "--model",
         required=True,
@@ -125,6 +157,7 @@ def align_report_parser() -> Parser:
     )
     add = parser.add_argument
     add("--cache", required=True, metavar="PLACE", help="a finished cache: folder or URL (s3://, gs://, az://, hf://)")
+    add("--corpus", metavar="PATH", help="the texts of a cache that keeps none: what it was built from")
     add("--student", required=True, metavar="MODEL", help="hub name or folder; only its tokenizer is loaded")
     add("--html", type=Path, metavar="FILE", help="write the report as one HTML file")
     add("--json", action="store_true", help="print one JSON object")
@@ -142,10 +175,11 @@ def _align_report(arguments: Sequence[str]) -> int:
     from distill.alignment_report import alignment_report
     from distill.dataset import CachedDocuments
     from distill.report_format import as_html, as_text
-    from distill.train import load_tokenizer
+    from distill.students import load_tokenizer
+    from storage_specs.reader import open_cache
 
-    documents = CachedDocuments(namespace.cache)
-    documents.numbers = documents.numbers[: namespace.max_documents]
+    cache = open_cache(namespace.cache, corpus=namespace.corpus)
+    documents = CachedDocuments(cache, documents=namespace.max_documents)
     facts = alignment_report(
         documents,
         load_tokenizer(namespace.student),
@@ -170,7 +204,7 @@ def _train(arguments: Sequence[str]) -> int:
     namespace, extras = parse(train_parser(), arguments, field_names)
     values = {name: value for name, value in vars(namespace).items() if name != "config"} | extras
     expected = {name: values.pop(name) for name in EXPECTED if name in values}
-    own = {name: values.pop(name) for name in ("model_name_or_path", "cache", "dtype") if name in values}
+    own = {name: values.pop(name) for name in RUN if name in values}
     if "chat_template" in values:
         values["chat_template"] = _read(values["chat_template"])
     from distill.train import TrainingRun, make_config, train
@@ -192,9 +226,10 @@ def _evaluate(arguments: Sequence[str]) -> int:
     template = None if namespace.chat_template is None else _read(namespace.chat_template)
     template_kwargs = _json_object("--chat_template_kwargs", namespace.chat_template_kwargs)
     from distill.evaluate import evaluate, table, write_figures
+    from storage_specs.reader import open_cache
 
     figures = evaluate(
-        namespace.cache,
+        open_cache(namespace.cache, corpus=namespace.corpus),
         models,
         max_length=namespace.max_length,
         batch_size=namespace.batch_size,

@@ -1,32 +1,50 @@
 """Which documents each step learns from: a pure function of (seed, epoch, documents per shard, global batch size).
 
-Shards are permuted, then documents within a window of M shards, so that a process decodes a shard once per epoch and
-holds few at a time. The world size only slices each global batch: global batch g holds the same documents on 1, 2 or 8
-ranks, in one micro-batch or in many. The last incomplete global batch of an epoch is dropped, never filled up.
+Shards are permuted, and a window of M shards slides over them, one shard further at a time: each document is served at
+a random time while its shard is in the window. So at most M shards are open, one more while documents left over from
+the last window wait for the next batch, and no shard comes back. The world size only slices each global batch: global
+batch g holds the same documents on 1, 2 or 8 ranks, in one micro-batch or in many. The last incomplete global batch of
+an epoch is dropped, or completed with empty places that weigh nothing; no document is repeated.
+
+Nothing is kept per document or row: an epoch's plan is a stream, and its memory a few shards' numbers.
+
+Legend: G documents of a global batch, D documents of a stretch of the epoch.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import Sampler
+from transformers import TrainerCallback
 
 from storage_specs.errors import ConfigError
 
-# One less than the decoded shards that an open cache keeps: documents left over from the shards before may stay.
 SHARDS_MIXED = 3
+EMPTY = -1  # a place of the last global batch without a document
+Order = Literal["random", "group_by_length"]
 
 
-class EpochBatches(Sampler[list[int]]):
+class MicroBatch(list[int]):
+    """Dataset indices of one micro-batch of one rank. open_shards: what this or a later one of the epoch may need."""
+
+    open_shards: tuple[int, ...] = ()
+    epoch: int = 0
+
+
+class EpochBatches(Sampler[MicroBatch]):
     """A batch sampler: the micro-batches of one rank, as lists of dataset indices; shard after shard numbers them.
 
     documents_per_shard: the dataset's documents in each shard. A global batch is `micro_batches` (of gradient
-    accumulation) x `ranks` x `documents` (per micro-batch and rank). Call `set_epoch` before iterating.
-    Raises ConfigError where the documents do not fill one global batch.
+    accumulation) x `ranks` x `documents` (per micro-batch and rank). drop_last: drop the last incomplete global batch,
+    instead of completing it with nothing. lengths: (documents,) of the dataset in any unit, or None; with them each
+    stretch of the epoch between two shards is sorted into batches of like lengths, whose order is random.
+    Call `set_epoch` before iterating. Raises ConfigError where there is not one batch.
     """
 
     def __init__(
         self,
-        documents_per_shard: Sequence[int],
+        documents_per_shard: Sequence[int] | np.ndarray,
         *,
         documents: int,
         micro_batches: int = 1,
@@ -34,17 +52,23 @@ class EpochBatches(Sampler[list[int]]):
         rank: int = 0,
         seed: int = 0,
         shards_mixed: int = SHARDS_MIXED,
+        drop_last: bool = False,
+        lengths: np.ndarray | None = None,
     ) -> None:
         self.counts = np.asarray(documents_per_shard, dtype=np.int64)
+        self.offsets = np.concatenate([[0], np.cumsum(self.counts)])
         self.shape = (micro_batches, ranks, documents)
         self.rank = rank
         self.seed = seed
         self.shards_mixed = shards_mixed
+        self.drop_last = drop_last
+        self.lengths = lengths
         self.epoch = 0
         if not len(self):
             raise ConfigError(
-                f"{self.counts.sum()} documents do not fill one global batch of {self.global_size}: lower "
-                "--per_device_train_batch_size or --gradient_accumulation_steps, or cache more documents"
+                f"{self.offsets[-1]} documents do not fill one global batch of {self.global_size}: lower "
+                "--per_device_train_batch_size or --gradient_accumulation_steps, leave --dataloader_drop_last out, or "
+                "cache more documents"
             )
 
     @property
@@ -55,7 +79,8 @@ class EpochBatches(Sampler[list[int]]):
     @property
     def steps(self) -> int:
         """Optimisation steps per epoch."""
-        return int(self.counts.sum()) // self.global_size
+        whole, left_over = divmod(int(self.offsets[-1]), self.global_size)
+        return whole + (left_over > 0 and not self.drop_last)
 
     def __len__(self) -> int:
         return self.steps * self.shape[0]
@@ -63,28 +88,75 @@ class EpochBatches(Sampler[list[int]]):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch_G in self.global_batches():
-            for micro_batch in batch_G.reshape(self.shape)[:, self.rank]:
-                yield micro_batch.tolist()
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for batch_G, open_shards in self.global_batches():
+            for places in batch_G.reshape(self.shape)[:, self.rank]:
+                micro_batch = MicroBatch(places[places != EMPTY].tolist())
+                micro_batch.open_shards, micro_batch.epoch = open_shards, self.epoch
+                yield micro_batch
 
-    def global_batches(self) -> Iterator[np.ndarray]:
-        """(global_size,) int64 dataset indices of every step of the epoch, the same on every rank."""
+    def global_batches(self) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
+        """(G,) int64 dataset indices of every step of the epoch, the same on every rank, and the shards open then."""
+        size = self.global_size
+        waiting_D = np.zeros(0, dtype=np.int64)
+        for served_D, shards, random in self._stretches():
+            waiting_D = np.concatenate([waiting_D, served_D])
+            whole = len(waiting_D) // size * size
+            batches, waiting_D = waiting_D[:whole], waiting_D[whole:]
+            if self.lengths is not None:
+                batches = batches[np.argsort(self.lengths[batches], kind="stable")]
+                batches = batches.reshape(-1, size)[_permutation(random, whole // size)]
+            open_shards = self._shards_of(np.concatenate([batches.reshape(-1), waiting_D]), shards)
+            for batch_G in batches.reshape(-1, size):
+                yield batch_G, open_shards
+        if len(waiting_D) and not self.drop_last:
+            batch_G = np.full(size, EMPTY, dtype=np.int64)
+            batch_G[np.arange(len(waiting_D)) * size // len(waiting_D)] = waiting_D
+            yield batch_G, self._shards_of(waiting_D, ())
+
+    def _stretches(self) -> Iterator[tuple[np.ndarray, tuple[int, ...], np.random.Philox]]:
+        """For every position of the window: the documents served there, in order, and the shards in it."""
         random = np.random.Philox(key=[self.seed % 2**64, self.epoch])
-        offsets = np.concatenate([[0], np.cumsum(self.counts)])
         shards = _permutation(random, len(self.counts))
-        left_over = np.zeros(0, dtype=np.int64)
-        for first in range(0, len(shards), self.shards_mixed):
-            mixed = [
-                np.arange(offsets[shard], offsets[shard + 1]) for shard in shards[first : first + self.shards_mixed]
-            ]
-            documents = np.concatenate(mixed)
-            documents = np.concatenate([left_over, documents[_permutation(random, len(documents))]])
-            whole = len(documents) // self.global_size * self.global_size
-            yield from documents[:whole].reshape(-1, self.global_size)
-            left_over = documents[whole:]
+        width = min(self.shards_mixed, len(shards))
+        positions = len(shards) - width + 1
+        pending_D, times_D = np.zeros(0, dtype=np.int64), np.zeros(0)
+        entered = 0
+        for position in range(positions):
+            while entered < position + width:
+                shard = int(shards[entered])
+                first, last = max(0, entered - width + 1), min(entered, positions - 1)
+                count = int(self.counts[shard])
+                pending_D = np.concatenate([pending_D, np.arange(self.offsets[shard], self.offsets[shard] + count)])
+                times = first + (last + 1 - first) * _uniform(random, count)
+                times_D = np.concatenate([times_D, np.minimum(times, np.nextafter(last + 1, 0))])  # rounded up: no
+                entered += 1
+            order_D = np.argsort(times_D, kind="stable")
+            pending_D, times_D = pending_D[order_D], times_D[order_D]
+            served = int(np.searchsorted(times_D, position + 1))
+            yield pending_D[:served], tuple(shards[position : position + width].tolist()), random
+            pending_D, times_D = pending_D[served:], times_D[served:]
+
+    def _shards_of(self, documents_D: np.ndarray, more: tuple[int, ...]) -> tuple[int, ...]:
+        found = np.unique(np.searchsorted(self.offsets, documents_D, side="right") - 1)
+        return tuple(sorted({*found.tolist(), *more}))
+
+
+class SetEpoch(TrainerCallback):
+    """Tells the sampler its epoch from the step number, which is exact after resuming, mid-epoch or between epochs."""
+
+    def __init__(self, batches: EpochBatches) -> None:
+        self.batches = batches
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.batches.set_epoch(state.global_step // self.batches.steps)
 
 
 def _permutation(random: np.random.Philox, count: int) -> np.ndarray:
     """A permutation from the generator's raw bits, which numpy keeps stable across versions (not so its shuffles)."""
     return np.argsort(random.random_raw(count), kind="stable")
+
+
+def _uniform(random: np.random.Philox, count: int) -> np.ndarray:
+    """(count,) float64 in [0, 1), from raw bits for the same reason."""
+    return (random.random_raw(count) >> np.uint64(11)) * 2.0**-53

@@ -11,26 +11,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-import transformers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    HfArgumentParser,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-)
+from transformers import HfArgumentParser, TrainerCallback
 
 from distill.checkpoint import begin, last_whole_checkpoint, saving, write_record
 from distill.collator import DistillationCollator
-from distill.comparison import compare
+from distill.comparison import SAMPLE_DOCUMENTS, compare
 from distill.config import DistillationConfig
 from distill.dataset import CachedDocuments
+from distill.encoder_decoder import decoder_start_of
+from distill.students import load_config, load_model, load_tokenizer, student_digest, with_adapters
 from distill.trainer import CachedDistillationTrainer
 from storage_specs.command_line import Parser
 from storage_specs.errors import CacheMismatchError, ConfigError
 from storage_specs.manifest import Manifest
-from storage_specs.model_identity import model_digest
+from storage_specs.reader import open_cache
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 # Training arguments that say where, how fast and how talkatively a run goes, not what it learns; all others make it
@@ -39,20 +33,25 @@ NOT_THE_RUN = re.compile(
     "output_dir|log_.*|logging_.*|disable_tqdm|report_to|run_name|project|trackio_.*|debug|skip_memory_metrics|"
     "save_.*|enable_jit_checkpoint|resume_from_checkpoint|restore_callback_states_from_checkpoint|push_to_hub|hub_.*|"
     "eval_.*|per_device_eval_batch_size|prediction_loss_only|include_.*|batch_eval_metrics|load_best_model_at_end|"
-    "metric_for_best_model|greater_is_better|do_.*|dataloader_.*|gradient_checkpointing.*|torch_empty_cache_steps|"
-    "use_cpu|local_rank|ddp_.*|average_tokens_across_devices|per_device_train_batch_size|gradient_accumulation_steps"
+    "metric_for_best_model|greater_is_better|do_.*|dataloader_(?!drop_last).*|on_corrupt|gradient_checkpointing.*|"
+    "torch_empty_cache_steps|max_eval_documents|probe_steps|use_cpu|local_rank|ddp_.*|average_tokens_across_devices|"
+    "per_device_train_batch_size|gradient_accumulation_steps"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
     """One training run. `expected` names what the cache must be: any of cache_id, teacher_name and
-    teacher_tokenizer_digest. dtype: of the weights in memory (`bf16=True` of the config is mixed precision instead).
+    teacher_tokenizer_digest. corpus, cache_dir, cache_bytes: see `open_cache`. dtype: of the weights in memory
+    (`bf16=True` of the config is mixed precision instead).
     """
 
     model_name_or_path: str
     cache: str | Path
     config: DistillationConfig
+    corpus: str | Path | None = None
+    cache_dir: str | Path | None = None
+    cache_bytes: int | None = None
     dtype: str = "float32"
     expected: dict[str, str] | None = None
 
@@ -68,7 +67,14 @@ def train(run: TrainingRun) -> dict[str, Any]:
     checkpoint was saved on Ctrl-C.
     """
     config, output_dir = run.config, Path(run.config.output_dir)
-    documents = CachedDocuments(run.cache, ids=config.mapped_weight > 0)
+    cache = open_cache(
+        run.cache,
+        config.mixture.needs_ids,
+        corpus=run.corpus,
+        cache_dir=run.cache_dir,
+        cache_bytes=run.cache_bytes,
+    )
+    documents = CachedDocuments(cache)
     check_cache(documents.cache.manifest, run.expected or {}, run.cache)
     identity = _identity(run, documents.cache.manifest)
     if not begin(output_dir, identity):
@@ -77,8 +83,9 @@ def train(run: TrainingRun) -> dict[str, Any]:
     tokenizer = load_tokenizer(run.model_name_or_path)
     if config.chat_template is not None:
         tokenizer.chat_template = config.chat_template
-    collator = DistillationCollator(tokenizer, config, documents.cache)
-    comparison = compare(documents, collator) if config.kd_weight else None
+    decoder_start = decoder_start_of(load_config(run.model_name_or_path))
+    collator = DistillationCollator(tokenizer, config, documents.cache, decoder_start)
+    comparison = compare(documents.sample(SAMPLE_DOCUMENTS), collator) if config.mixture.of_teacher else None
     if comparison is not None:
         say(config, str(comparison))
     model = load_model(run.model_name_or_path, run.dtype)
@@ -87,6 +94,7 @@ def train(run: TrainingRun) -> dict[str, Any]:
         raise ConfigError(
             f"max_length is {config.max_length}, but {run.model_name_or_path} reads at most {limit} tokens"
         )
+    model = with_adapters(model, config)
     stop = _StopOnInterrupt()
     trainer = CachedDistillationTrainer(
         model,
@@ -115,6 +123,12 @@ def train(run: TrainingRun) -> dict[str, Any]:
     record = {"run": identity, "finished": True, "steps": trainer.state.global_step}
     if comparison is not None:
         record["comparison"] = asdict(comparison)
+    if documents.quarantine is not None and (lost := documents.quarantine.summary()):
+        record["quarantined"] = lost
+        say(
+            config,
+            f"left out as broken: {len(lost['shards'])} shards with {lost['documents']} documents, {lost['rows']} rows",
+        )
     if config.should_save:
         write_record(output_dir, record)
     say(config, f"finished: {output_dir}")
@@ -151,46 +165,6 @@ def check_cache(manifest: Manifest, expected: dict[str, str], place: str | Path)
                 f"cache {place}: its {name} is {found[name]!r}, but --{name} names {value!r}: use the cache that was "
                 f"built with it, or correct --{name}"
             )
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Raises ConfigError where there is none; one without a fast backend is refused where its spans are needed."""
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # tokenizers raises no class of its own
-        raise ConfigError(f"the tokenizer of {name} cannot be loaded: {error}") from error
-
-
-def load_model(name: str, dtype: str) -> transformers.PreTrainedModel:
-    """A causal language model. Raises ConfigError where it cannot be loaded whole."""
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-    wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, output_loading_info=True)
-    except Exception as error:  # every file format has errors of its own
-        raise ConfigError(f"the model {name} cannot be loaded as a causal language model: {error}") from error
-    # transformers gives them random values; tied weights that are stored once are not among them
-    unread = sorted(map(str, {*loading["missing_keys"], *loading["mismatched_keys"]}))
-    if unread:
-        raise ConfigError(
-            f"the model {name}: {len(unread)} weights are missing from its files or have the wrong shape "
-            f"({', '.join(unread[:3])}{', ...' if len(unread) > 3 else ''}): fetch the model again"
-        )
-    return model
-
-
-def student_digest(name: str) -> str:
-    """What tells a student from another under the same name: its files' digest, or the commit of a hub name.
-
-    Raises ConfigError where there is no such model.
-    """
-    try:
-        if Path(name).is_dir():
-            return model_digest(Path(name))
-        return Path(transformers.utils.cached_file(name, "config.json")).parent.name
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the model {name} cannot be read: {error}") from error
 
 
 def say(config: DistillationConfig, line: str) -> None:

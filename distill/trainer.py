@@ -1,8 +1,9 @@
-"""`transformers.Trainer` on a cache: CE + ULD + mapped, exact under accumulation and ranks, resumable to the batch.
+"""`transformers.Trainer` on a cache: CE and losses of the teacher's, exact under accumulation and ranks.
 
-Legend: R labels, N compared rows, V student vocabulary.
+Legend: R labels, V student vocabulary.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,29 +24,34 @@ from distill.checkpoint import (
     write_record,
 )
 from distill.collator import Batch, DistillationCollator
-from distill.comparison import Comparison, compare
+from distill.comparison import SAMPLE_DOCUMENTS, Comparison, compare
 from distill.config import DistillationConfig
 from distill.dataset import CachedDocuments
-from distill.fused import row_losses
+from distill.encoder_decoder import decoder_start_of
+from distill.finite import FiniteLosses
 from distill.head import picked_logits
-from distill.merged import log_scale_of, merged_uld_loss
+from distill.held_out import held_out_documents, held_out_figures
+from distill.mixed_precision import keep_output_dtype
+from distill.packing import check_packing
+from distill.prefetch import Prefetched
+from distill.probe import GradientProbe, HarmWatch, warning
 from distill.progress import TokenProgress
-from distill.sampler import EpochBatches
-from distill.teacher_rows import TeacherRows
-from storage_specs.errors import CheckpointError, ConfigError, NonFiniteLossError, TeachOnceError
-
-# What is summed over rows; the last is no loss but how far ULD may be off: the mean width of its certificate.
-TERMS = ("ce", "uld", "mapped", "uld_width")
-COUNTS = ("labels", "pairs", "teacher_rows", "tokens")
+from distill.quarantine import Quarantine
+from distill.ranks import RankSums
+from distill.sampler import EpochBatches, SetEpoch
+from distill.step_log import NO_COUNTS, StepLog, batch_counts
+from distill.step_loss import UNITS, StepLoss
+from storage_specs.errors import CheckpointError, ConfigError, CorruptCacheError, TeachOnceError
 
 
 class CachedDistillationTrainer(Trainer):
-    """Trains a causal language model on a cache: ce_weight * CE + uld_weight * ULD + mapped_weight * mapped.
+    """Trains a causal or encoder-decoder language model on a cache: the weighted sum of the losses of `args.loss`.
 
-    CE is divided by its labels and each teacher term by its compared rows, both counted over all micro-batches and
-    ranks of a step before the first backward; with `loss_normalization="samples"` both are means of documents' means.
-    Each term is logged apart, with the compared fractions. `run` says what makes this run itself (cache_id is added to
-    it): checkpoints record it, and one of another run is refused.
+    CE is divided by its labels, each teacher's loss by its compared rows or chunks, all counted over all micro-batches
+    and ranks of a step before the first backward; with `loss_normalization="samples"` all are means of documents'
+    means. Each term is logged apart, with the compared fractions; `probe_steps` adds gradients (`distill.probe`).
+    `evaluate` measures bits per byte of the held-out documents (`eval_dataset`, by default the cache's). `run` says
+    what makes this run itself (cache_id is added to it): checkpoints record it, and one of another run is refused.
 
     Takes what `transformers.Trainer` takes, without the arguments that say where data and losses come from. Raises
     TokenizerError, ConfigError, AlignmentError (nothing to compare), CheckpointError, NonFiniteLossError (naming the
@@ -54,11 +60,12 @@ class CachedDistillationTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel,  # or a peft.PeftModel of one
         args: DistillationConfig,
         train_dataset: CachedDocuments,
         processing_class: PreTrainedTokenizerBase,
         *,
+        eval_dataset: CachedDocuments | None = None,
         data_collator: DistillationCollator | None = None,
         comparison: Comparison | None = None,
         run: dict[str, Any] | None = None,
@@ -67,13 +74,18 @@ class CachedDistillationTrainer(Trainer):
     ) -> None:
         if args.n_gpu > 1:
             args._n_gpu = 1  # one process, one GPU: flattened batches cannot be scattered; torchrun uses them all
-        collator = data_collator or DistillationCollator(processing_class, args, train_dataset.cache)
+        collator = data_collator or DistillationCollator(
+            processing_class, args, train_dataset.cache, decoder_start_of(model.config)
+        )
+        if eval_dataset is None and (args.eval_strategy != "no" or args.probe_steps):
+            eval_dataset = held_out_documents(train_dataset.cache)
         with _setting_up():
             super().__init__(
                 model=model,
                 args=args,
                 data_collator=collator,
                 train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
                 processing_class=processing_class,
                 callbacks=callbacks,
                 optimizers=optimizers,
@@ -84,14 +96,19 @@ class CachedDistillationTrainer(Trainer):
         self.comparison = comparison
         self.run = (run or {}) | {"cache_id": train_dataset.cache.manifest.cache_id}
         self.batches = self._epoch_batches()
+        if args.on_corrupt == "quarantine":
+            train_dataset.quarantine = Quarantine(Path(args.output_dir))
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        self.add_callback(_SetEpoch(self.batches))
-        self.add_callback(TokenProgress(self))
-        self.tokens_seen = 0
-        self._sums = torch.zeros(len(TERMS))
-        self._counts = torch.zeros(len(COUNTS), dtype=torch.float64)
-        self._steps_summed = 0
+        self.step_loss = StepLoss(args, collator.rank_edges)
+        self.step_log = StepLog(len(self.step_loss.names))
+        self.harm_watch = HarmWatch()
+        self.over_ranks = RankSums(self.accelerator.num_processes)
+        self.finite = FiniteLosses()
+        self._prefetched: Prefetched[Batch] | None = None
+        self._packing_checked = False
+        self.add_callback(SetEpoch(self.batches))
+        self.add_callback(TokenProgress(self.step_log))
 
     # ---- batches
 
@@ -104,6 +121,8 @@ class CachedDistillationTrainer(Trainer):
             ranks=self.accelerator.num_processes,
             rank=self.accelerator.process_index,
             seed=args.seed if args.data_seed is None else args.data_seed,
+            drop_last=args.dataloader_drop_last,
+            lengths=self.train_dataset.text_bytes if args.train_sampling_strategy == "group_by_length" else None,
         )
 
     def get_train_dataloader(self) -> DataLoader:
@@ -113,55 +132,63 @@ class CachedDistillationTrainer(Trainer):
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            generator=torch.Generator(),  # draws nothing from the one that dropout uses
         )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor | None]:
-        """All micro-batches of a step, and what CE and the teacher's terms are divided by, summed over ranks."""
+        """All micro-batches of a step, and (2,) float64 on the CPU: what CE and the teacher's terms are divided by,
+        summed over ranks. Where one rank's batches cannot be had, all stop, with a checkpoint."""
         if self.state.global_step >= self.state.max_steps:  # resumed from the very last checkpoint: nothing is left
             self.control.should_training_stop = True
             return [], None
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = torch.tensor(
-            [
-                [
-                    len(batch["label_index_R"]),
-                    len(batch.get("student_index_N", ())),
-                    batch["teacher_rows"],
-                    int(batch["attention_mask"].sum()),
-                ]
-                for batch in batches
-            ],
-            dtype=torch.float64,
-        ).sum(0)
-        weights = sum(
-            (self._weight_sums(batch) for batch in batches), torch.zeros(2, dtype=torch.float64)
-        )  # on the CPU still: no waiting for a GPU
-        counts, weights = self._over_ranks(counts), self._over_ranks(weights)
-        self.tokens_seen += int(counts[COUNTS.index("tokens")])
-        self._counts += counts
-        self._steps_summed += 1
-        return batches, weights.clamp(min=1).to(device, torch.float32)
+        if self._prefetched is None or self._prefetched.source is not epoch_iterator:
+            self._stop_prefetching()
+            self._prefetched = Prefetched(epoch_iterator)
+        weights, counts, batches, failure = torch.zeros(len(UNITS), dtype=torch.float64), NO_COUNTS, [], None
+        waited_before = self._prefetched.waited
+        try:
+            batches, _ = super().get_batch_samples(self._prefetched, num_batches, device)
+            weights = sum((self.step_loss.weight_sums(batch) for batch in batches), weights)
+            counts = sum((batch_counts(batch) for batch in batches), counts)
+        except TeachOnceError as error:
+            failure = error
+        self.step_log.add_wait(self._prefetched.waited - waited_before)
+        failed = torch.tensor([failure is not None], dtype=torch.float64)
+        sums = self.over_ranks(torch.cat([weights, counts, failed]))
+        weights, counts, failed = sums.split([len(weights), len(counts), 1])
+        if failed:
+            self._stop_without_batches(failure)
+        self.step_log.add_counts(counts)
+        if self.args.probe_steps and self.state.global_step % self.args.probe_steps == 0 and batches:
+            self._probe(batches[0])
+        return batches, weights.clamp(min=1)
 
-    def _over_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        if self.accelerator.num_processes == 1:
-            return values
-        return self.accelerator.reduce(values.to(self.args.device), "sum").cpu()
+    def _stop_prefetching(self) -> None:
+        if self._prefetched is not None:
+            self._prefetched.close()
+            self._prefetched = None
+
+    def _stop_without_batches(self, failure: TeachOnceError | None) -> None:
+        """Keep what was learned, then raise; failure: this rank's, or None where it was another's."""
+        step = self.state.global_step
+        if step and self.last_saved_step() != step:
+            self._save_checkpoint(self.model_wrapped, None)
+        after = f"training stopped after step {step}, from which the same command resumes"
+        if failure is None:
+            raise CorruptCacheError(f"another process could not read its documents (its error says why); {after}")
+        if isinstance(failure, CorruptCacheError):
+            after += "; repair the cache, or leave broken shards out with --on_corrupt quarantine"
+        raise type(failure)(f"{failure}; {after}") from failure
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Trainer's; tensors in pinned memory are sent to the GPU without waiting for it."""
+        if isinstance(data, torch.Tensor) and data.is_pinned():
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     # ---- loss
-
-    def _row_weights(self, sample_R: torch.Tensor) -> torch.Tensor:
-        """(R,) float64: 1 per row, or with `samples` 1 per document, shared by its rows."""
-        if self.args.loss_normalization == "tokens":
-            return torch.ones(len(sample_R), dtype=torch.float64, device=sample_R.device)
-        rows_per_sample = torch.bincount(sample_R).clamp(min=1)
-        return 1 / rows_per_sample[sample_R].to(torch.float64)
-
-    def _weight_sums(self, batch: Batch) -> torch.Tensor:
-        """(2,) float64: the weights of a micro-batch's labels and compared rows."""
-        samples = (batch["label_sample_R"], batch.get("sample_N", batch["label_sample_R"][:0]))
-        return torch.stack([self._row_weights(sample).sum() for sample in samples])
 
     def compute_loss(
         self,
@@ -171,88 +198,72 @@ class CachedDistillationTrainer(Trainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
         """This micro-batch's share of the step's loss (all of it where `num_items_in_batch` is None)."""
-        divisor = num_items_in_batch
-        if divisor is None:
-            divisor = self._weight_sums(inputs).clamp(min=1)
-        terms = self._terms(model, inputs) / divisor.to(inputs["input_ids"].device)[[0, 1, 1, 1]]
-        loss = (terms.new_tensor(self._term_weights()) * terms).sum()
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the loss is {loss.item()} at step {self.state.global_step} "
-                f"({', '.join(f'{name} {term:.4g}' for name, term in zip(TERMS, terms.tolist(), strict=True))}) in the "
-                f"batch of documents {', '.join(inputs['doc_ids'])}: lower --learning_rate or set --max_grad_norm, and "
-                "look at these documents; checkpoints before this step are intact"
-            )
-        self._sums = self._sums.to(terms.device) + terms.detach()
+        terms = self._terms(model, inputs, num_items_in_batch)
+        loss = (self._sent(self.step_loss.term_weights) * terms).sum()
+        self.finite.watch(loss, terms, self.step_loss.names, inputs["doc_ids"], self.state.global_step)
+        self.step_log.add_terms(terms)
         # DDP and FSDP average gradients over ranks, and the divisor is of all ranks already.
         loss = loss * self.accelerator.num_processes
         return (loss, {"terms": terms.detach()}) if return_outputs else loss
 
-    def _term_weights(self) -> list[float]:
-        return [self.args.ce_weight, self.args.uld_weight, self.args.mapped_weight, 0.0]
+    def _terms(self, model: torch.nn.Module, inputs: Batch, divisor: torch.Tensor | None = None) -> torch.Tensor:
+        """(terms,) float32: the sums of `StepLoss.names`, divided by their units' weights (None: the batch's own)."""
+        if divisor is None:
+            divisor = self.step_loss.weight_sums(inputs).clamp(min=1).cpu()
+        if self.args.packing and not self._packing_checked:
+            check_packing(model, self.args.device)
+            self._packing_checked = True
+        logits_RV = picked_logits(model, inputs, inputs["label_index_R"])
+        return self.step_loss.terms(logits_RV, inputs) * self._sent(1 / divisor[self.step_loss.units])
 
-    def _terms(self, model: torch.nn.Module, inputs: Batch) -> torch.Tensor:
-        """(4,) float32 weighted sums over rows of `TERMS`, in one pass over the logits; terms of weight 0 are 0."""
-        head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        fed = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        logits_RV = picked_logits(model, head, fed, inputs["label_index_R"])
-        if self.args.align == "merge" and self.args.kd_weight:
-            return self._merged_terms(logits_RV, inputs)
-        rows: dict[str, Any] = {}
-        kd_weight_R = logits_RV.new_zeros(len(logits_RV), dtype=torch.float32)
-        if self.args.kd_weight:
-            # The teacher's rows at the compared ones of the R labels; nothing, of weight 0, at the others. No label is
-            # compared twice.
-            compared_N = torch.searchsorted(inputs["label_index_R"], inputs["student_index_N"])
-            kd_weight_R[compared_N] = self._row_weights(inputs["sample_N"]).float()
-            probs_NK, tail_N = inputs["teacher_probs_NK"], inputs["teacher_tail_N"]
-            probs_RK = probs_NK.new_zeros(len(logits_RV), probs_NK.shape[1]).index_copy_(0, compared_N, probs_NK)
-            tail_R = tail_N.new_ones(len(logits_RV)).index_copy_(0, compared_N, tail_N)
-            rows = {"teacher": TeacherRows(probs_NK=probs_RK, tail_N=tail_R), "uld": self.args.uld_weight > 0}
-            if self.args.mapped_weight:
-                words_NI = inputs["words_NI"]
-                words_RI = words_NI.new_full((len(logits_RV), words_NI.shape[1]), -1)
-                rows["words_NI"] = words_RI.index_copy_(0, compared_N, words_NI)
-        losses = row_losses(logits_RV, labels_N=inputs["label_ids_R"], **rows)
-        ce = (self._row_weights(inputs["label_sample_R"]).float() * losses.ce_N).sum()
-        uld_width_R = None if losses.uld_N is None else losses.upper_N - losses.lower_N
-        compared = [
-            ce.new_zeros(()) if loss_R is None else (kd_weight_R * loss_R).sum()
-            for loss_R in (losses.uld_N, losses.mapped_N, uld_width_R)
-        ]
-        return torch.stack([ce, *compared])
+    def _sent(self, values: Any) -> torch.Tensor:
+        """A few numbers as float32 on the training device, without waiting for it."""
+        sent = torch.as_tensor(values, dtype=torch.float32)
+        return self._prepare_input(sent.pin_memory() if self.args.device.type == "cuda" else sent)
 
-    def _merged_terms(self, logits_RV: torch.Tensor, inputs: Batch) -> torch.Tensor:
-        """As `_terms`, with groups for rows: CE's own log-probabilities are the factors of a group."""
-        nats_R = row_losses(logits_RV, labels_N=inputs["label_ids_R"]).ce_N
-        weight_N = self._row_weights(inputs["sample_N"]).float()
-        earlier_M = torch.searchsorted(inputs["label_index_R"], inputs["earlier_index_M"])
-        last_N = torch.searchsorted(inputs["label_index_R"], inputs["student_index_N"])
-        uld, certificate = merged_uld_loss(
-            logits_RV.index_select(0, last_N),
-            log_scale_of(-nats_R[earlier_M], inputs["earlier_group_M"], len(last_N)),
-            inputs["teacher_probs_NK"],
-            inputs["teacher_tail_N"],
-            weight_N,
-            reduction="sum",
+    # ---- what a run tells
+
+    def _probe(self, batch: Batch) -> None:
+        """Log the gradients of this step's first micro-batch, and warn where the teacher's losses harm."""
+        losses = self.step_loss.losses
+        probe = GradientProbe(
+            list(self.model.parameters()),
+            lambda inputs: self._terms(self.model_wrapped, self._prepare_inputs(inputs))[: len(losses)],
+            losses,
+            [self.args.mixture[name] for name in losses],
         )
-        ce = (self._row_weights(inputs["label_sample_R"]).float() * nats_R).sum()
-        width = (weight_N * (certificate.upper_N - certificate.lower_N)).sum()
-        return torch.stack([ce, uld, ce.new_zeros(()), width])
+        accelerator, number = self.accelerator, self.state.global_step // self.args.probe_steps
+        first = (number * accelerator.num_processes + accelerator.process_index) * self.args.per_device_train_batch_size
+        numbers = {(first + n) % len(self.eval_dataset) for n in range(self.args.per_device_train_batch_size)}
+        held_out = self.data_collator([self.eval_dataset[n] for n in sorted(numbers)])
+        found = probe.measure(batch, held_out)
+        self.log(found)
+        harm = self.harm_watch.add(found)
+        if harm is not None and self.is_world_process_zero():
+            print(warning(harm, self.args.loss, self.args.learning_rate), file=sys.stderr, flush=True)
+
+    def evaluate(
+        self,
+        eval_dataset: CachedDocuments | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Bits per byte of the student and of the teacher on held-out documents, as `distill evaluate` measures them.
+
+        Raises AlignmentError where there are none, or no bytes that both score.
+        """
+        documents = eval_dataset or self.eval_dataset or held_out_documents(self.train_dataset.cache)
+        found = held_out_figures(self.model, self.processing_class, documents, self.args, self.accelerator)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Beside Trainer's own: each term, and the compared fractions, since the last line."""
-        if "loss" in logs and self._steps_summed:
-            terms = self._over_ranks(self._sums.to(self.args.device)).cpu() / self._steps_summed
-            labels, pairs, teacher_rows, _ = self._counts.tolist()
-            weights = self._term_weights()
-            weights[TERMS.index("uld_width")] = self.args.uld_weight
-            logs |= {name: terms[n].item() for n, name in enumerate(TERMS) if weights[n] or name == "ce"}
-            if self.args.kd_weight:
-                logs["compared_student"] = pairs / max(1, labels)
-                logs["compared_teacher"] = pairs / max(1, teacher_rows)
-            logs["tokens"] = self.tokens_seen
-            self._sums, self._counts, self._steps_summed = torch.zeros_like(self._sums), 0 * self._counts, 0
+        """Beside Trainer's own: each term, the compared fractions, the waiting for data, since the last line."""
+        self.finite.check()
+        if "loss" in logs and self.step_log.steps:
+            logs |= self.step_log.line(self.step_loss.names, self.over_ranks, bool(self.args.mixture.of_teacher))
         super().log(logs, start_time)
 
     # ---- checkpoints
@@ -265,9 +276,19 @@ class CachedDistillationTrainer(Trainer):
                 raise CheckpointError(f"no whole checkpoint in {self.args.output_dir}: train without resuming")
         if resume_from_checkpoint:
             check_checkpoint(Path(resume_from_checkpoint), self.run)
-        if self.args.kd_weight and self.comparison is None:
-            self.comparison = compare(self.train_dataset, self.data_collator)
-        return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **options)
+        if self.args.mixture.of_teacher and self.comparison is None:
+            self.comparison = compare(self.train_dataset.sample(SAMPLE_DOCUMENTS), self.data_collator)
+        try:
+            output = super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **options)
+        finally:
+            self._stop_prefetching()
+        self.finite.check()
+        return output
+
+    def _prepare_for_training(self, *arguments: Any, **options: Any) -> Any:
+        prepared = super()._prepare_for_training(*arguments, **options)
+        keep_output_dtype(self.accelerator.unwrap_model(self.model_wrapped))
+        return prepared
 
     def create_optimizer(self, *arguments: Any, **options: Any) -> torch.optim.Optimizer:
         """Trainer's; packages that an optimizer needs are missed only here. Raises ConfigError."""
@@ -281,6 +302,7 @@ class CachedDistillationTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Trainer's, then the record that makes it whole; older ones are removed only after that."""
+        self.finite.check()
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -296,6 +318,11 @@ class CachedDistillationTrainer(Trainer):
             if keep:
                 remove_old_checkpoints(folder.parent, keep, self.state.best_model_checkpoint)
 
+    def last_saved_step(self) -> int | None:
+        """The step of the newest whole checkpoint."""
+        newest = last_whole_checkpoint(Path(self.args.output_dir))
+        return None if newest is None else int(newest.name.rpartition("-")[2])
+
 
 @contextmanager
 def _setting_up() -> Iterator[None]:
@@ -306,13 +333,3 @@ def _setting_up() -> Iterator[None]:
         raise
     except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"training arguments: {type(error).__name__}: {error}") from error
-
-
-class _SetEpoch(TrainerCallback):
-    """Tells the sampler its epoch from the step number, which is exact after resuming, mid-epoch or between epochs."""
-
-    def __init__(self, batches: EpochBatches) -> None:
-        self.batches = batches
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.batches.set_epoch(state.global_step // self.batches.steps)

@@ -24,9 +24,9 @@ import demo_assets
 
 SCRIPTS = Path(__file__).parent
 ARMS = {
-    "ce_only": {"uld_weight": 0},
-    "uld": {"uld_weight": 1.5, "align": "boundary"},
-    "mapped": {"uld_weight": 0, "mapped_weight": 1},
+    "ce_only": {"loss": "ce:1"},
+    "uld": {"loss": "ce:1,uld:1.5", "align": "boundary"},
+    "mapped": {"loss": "ce:1,mapped:1"},
 }
 
 
@@ -106,12 +106,12 @@ def main() -> None:
     stages.run("build", "-m", "cache_builder", "build", *flags(build))
     stages.run("verify", "-m", "cache_builder", "verify", cache)
     stages.run("inspect", "-m", "cache_builder", "inspect", cache)
-    for arm, weights in ARMS.items():
+    for arm, losses in ARMS.items():
         train = {
             "model_name_or_path": before,
             "cache": cache,
             "output_dir": out / "arms" / arm,
-            **weights,
+            **losses,
             "seed": 0,
             "max_steps": options.steps,
             "per_device_train_batch_size": options.documents_per_step,

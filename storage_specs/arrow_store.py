@@ -1,8 +1,9 @@
 """The Arrow store: a shard is one Parquet file, `shards/000000.parquet`, one row per document with list columns.
 
     kind, text, messages (JSON), metadata (JSON): string
-    the arrays of the rows: list<number>; of an array (T, width) all T * width numbers of a document, row after row, or
-    rank after rank where it is rank-major
+    the arrays of the rows: list<number>; of an array (T, width) all T * width numbers of a document, row after row
+    rank-major ones: list<fixed_size_binary>, a row's numbers (little endian) in each; byte-stream-split puts all rows'
+    first bytes side by side, then all second ones
     the ids in a file of their own, `shards/000000.ids.parquet`, and so each table, one row per entry
 
 zstd pages with checksums, row groups of whole documents.
@@ -10,9 +11,7 @@ zstd pages with checksums, row groups of whole documents.
 Legend: D documents, T rows of one document, N rows of all of them.
 """
 
-import json
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,9 +19,10 @@ import numpy as np
 from storage_specs.codecs.base import ArraySpec
 from storage_specs.document import canonical_json
 from storage_specs.document_json import document_from_json, messages_to_json
-from storage_specs.parquet import read_rows, table_to_object
+from storage_specs.parquet import Room, read_rows, table_to_object
 from storage_specs.shard_bytes import EncodedObject, ShardBytes
-from storage_specs.stored_shard import Selection, ShardArrays, ShardSize, StoredShard
+from storage_specs.stored_shard import MAX_HEADER_BYTES, Selection, ShardArrays, ShardSize, StoredShard
+from storage_specs.strict_json import strict_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,7 +32,8 @@ IDS = ".ids"
 IN_IDS = frozenset({"id_low", "id_high"})
 STRINGS = ("kind", "text", "messages", "metadata")
 ROWS_PER_GROUP = 8192
-CODING = {"u": "BYTE_STREAM_SPLIT", "f": "BYTE_STREAM_SPLIT", "b": "PLAIN"}  # by numpy's kind of number
+MOST_GROUPS = 100  # of a file: its footer must be small
+CODING = "BYTE_STREAM_SPLIT"  # of all numbers but bools
 
 
 def encode(shard: StoredShard, wanted: ShardArrays, stem: str) -> dict[str, EncodedObject]:
@@ -51,7 +52,7 @@ def encode(shard: StoredShard, wanted: ShardArrays, stem: str) -> dict[str, Enco
     for name, specs in _files(wanted).items():
         lists = {spec.name: _lists(shard.arrays[spec.name], spec, shard.document_rows) for spec in specs}
         table = pa.table(lists if name else columns | lists)
-        coding = {f"{spec.name}.list.element": CODING[spec.dtype.kind] for spec in specs}
+        coding = {f"{spec.name}.list.element": "PLAIN" if spec.dtype.kind == "b" else CODING for spec in specs}
         contents[f"{stem}{name}{SUFFIX}"] = table_to_object(table, coding, groups)
     for name in wanted.tables:
         table = pa.table({name: pa.array(shard.tables[name], pa.uint32())})
@@ -67,10 +68,14 @@ def decode(source: ShardBytes, stem: str, wanted: ShardArrays, size: ShardSize, 
     lengths, arrays, strings = {}, {}, {}
     for name, specs in _files(wanted).items():
         schema = _schema(specs, () if name else STRINGS)
-        table = read_rows(source, f"{stem}{name}{SUFFIX}", schema, selection.documents, size.documents)
+        table = read_rows(
+            source, f"{stem}{name}{SUFFIX}", schema, _room(specs, size), selection.documents, size.documents
+        )
         strings |= {string: table[string].to_pylist() for string in (() if name else STRINGS)}
         for spec in specs:
             lengths[spec.name], arrays[spec.name] = _flat(table[spec.name], spec)
+    if any(text is None for texts in strings.values() for text in texts):
+        raise ValueError("a string is null")
     document_rows = lengths[wanted.arrays[0].name]
     if any(not np.array_equal(found, document_rows) for found in lengths.values()):
         raise ValueError("the arrays of a document have different numbers of rows")
@@ -80,7 +85,7 @@ def decode(source: ShardBytes, stem: str, wanted: ShardArrays, size: ShardSize, 
         raise ValueError(f"its documents have (rows, bytes of text) {found}, expected {expected}")
     return StoredShard(
         documents=tuple(
-            document_from_json(kind, text, json.loads(messages), json.loads(metadata))
+            document_from_json(kind, text, strict_json(messages), strict_json(metadata))
             for kind, text, messages, metadata in zip(*strings.values(), strict=True)
         ),
         document_rows=document_rows,
@@ -104,30 +109,48 @@ def _files(wanted: ShardArrays) -> dict[str, list[ArraySpec]]:
 
 
 def _groups(document_rows: np.ndarray) -> list[int]:
-    """How many documents each row group holds: about ROWS_PER_GROUP rows, at least one document."""
-    group_D = (np.cumsum(document_rows) - document_rows) // ROWS_PER_GROUP
+    """How many documents each row group holds: about ROWS_PER_GROUP rows (more in large shards), at least one."""
+    rows_per_group = max(ROWS_PER_GROUP, -(-int(document_rows.sum()) // MOST_GROUPS))
+    group_D = (np.cumsum(document_rows) - document_rows) // rows_per_group
     return np.unique(group_D, return_counts=True)[1].tolist()
 
 
 def _schema(specs: Sequence[ArraySpec], strings: Sequence[str]) -> "pa.Schema":
     import pyarrow as pa
 
-    lists = [(spec.name, pa.list_(pa.from_numpy_dtype(spec.dtype))) for spec in specs]
+    lists = [(spec.name, pa.list_(_element(spec))) for spec in specs]
     return pa.schema([*((name, pa.string()) for name in strings), *lists])
 
 
+def _room(specs: Sequence[ArraySpec], size: ShardSize) -> Room:
+    """What each column of a shard may take."""
+    most = {"kind": 16 * size.documents, "text": size.text_bytes}
+    room = {name: (most.get(name, MAX_HEADER_BYTES), size.documents) for name in STRINGS}
+    for spec in specs:
+        width = spec.width or 1
+        values = size.rows * (1 if spec.rank_major else width)
+        room[spec.name] = (size.rows * width * spec.dtype.itemsize, values + size.documents)
+    return room
+
+
+def _element(spec: ArraySpec) -> "pa.DataType":
+    """What the lists of an array hold: numbers, or whole rows of a rank-major one."""
+    import pyarrow as pa
+
+    return pa.binary(spec.width * spec.dtype.itemsize) if spec.rank_major else pa.from_numpy_dtype(spec.dtype)
+
+
 def _lists(values: np.ndarray, spec: ArraySpec, document_rows: np.ndarray) -> "pa.ListArray":
-    """A list per document of all its numbers."""
+    """A list per document of all its numbers, or rows."""
     import pyarrow as pa
 
     if values.dtype != spec.dtype or values.shape != spec.shape(int(document_rows.sum())):
         raise ValueError(f"array {spec.name} is {values.dtype} {values.shape}")
-    ends = np.cumsum([0, *document_rows])
+    values, ends = np.ascontiguousarray(values), np.cumsum([0, *document_rows])
     if spec.rank_major:
-        parts = [values[start:end].T.ravel() for start, end in pairwise(ends)]
-        values = np.concatenate([np.zeros(0, spec.dtype), *parts])
-    offsets = pa.array((ends * (spec.width or 1)).astype(np.int32))
-    return pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1)))
+        elements = pa.Array.from_buffers(_element(spec), len(values), [None, pa.py_buffer(values.view(np.uint8))])
+        return pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), elements)
+    return pa.ListArray.from_arrays(pa.array((ends * (spec.width or 1)).astype(np.int32)), pa.array(values.reshape(-1)))
 
 
 def _flat(column: "pa.ChunkedArray", spec: ArraySpec) -> tuple[np.ndarray, np.ndarray]:
@@ -136,23 +159,21 @@ def _flat(column: "pa.ChunkedArray", spec: ArraySpec) -> tuple[np.ndarray, np.nd
     values = lists.flatten()
     if lists.null_count or values.null_count:
         raise ValueError(f"column {spec.name} has nulls")
-    numbers, width = values.to_numpy(zero_copy_only=False), spec.width or 1
     lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+    if spec.rank_major:
+        first, count = values.offset * spec.width, len(values) * spec.width
+        numbers = np.frombuffer(values.buffers()[1] or b"", spec.dtype)[first : first + count]
+        return lengths, numbers.reshape(-1, spec.width)
+    numbers, width = values.to_numpy(zero_copy_only=False), spec.width or 1
     if (lengths % width).any():
         raise ValueError(f"column {spec.name} has lists that are not whole rows of {width}")
-    rows = lengths // width
-    if not spec.rank_major:
-        return rows, numbers if spec.width is None else numbers.reshape(-1, width)
-    transposed, ends = np.empty((width, int(rows.sum())), spec.dtype), np.cumsum([0, *rows])
-    for start, end in pairwise(ends):
-        transposed[:, start:end] = numbers[start * width : end * width].reshape(width, end - start)
-    return rows, transposed.T
+    return lengths // width, numbers if spec.width is None else numbers.reshape(-1, width)
 
 
 def _table(source: ShardBytes, name: str, column: str, most: int) -> np.ndarray:
     import pyarrow as pa
 
-    table = read_rows(source, name, pa.schema([(column, pa.uint32())]), most=most)
+    table = read_rows(source, name, pa.schema([(column, pa.uint32())]), {column: (4 * most, most)}, most=most)
     if table[column].null_count:
         raise ValueError(f"{name} has nulls")
     return table[column].to_numpy()

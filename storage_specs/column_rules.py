@@ -23,12 +23,13 @@ def size_problem(size: ShardSize, shape: RowShape) -> str | None:
     return None
 
 
-def problem_of(columns: Columns, vocab_size: int) -> str | None:
+def problem_of(columns: Columns, vocab_size: int, *, text: bool = True) -> str | None:
     """What makes documents and rows no valid shard, if anything: the rules that hold for every shard ever written.
 
-    The values' own rules are the codec's (`Codec.problem_of`).
+    The values' own rules are the codec's (`Codec.problem_of`). text: whether the documents have theirs.
     """
-    return message_problem(columns.documents) or _place_problem(columns) or _scalar_problem(columns, vocab_size)
+    problem = message_problem(columns.documents, text=text)
+    return problem or _place_problem(columns) or _scalar_problem(columns, vocab_size)
 
 
 def input_problem(document: CachedDocument, shape: RowShape) -> str | None:
@@ -62,8 +63,11 @@ def input_problem(document: CachedDocument, shape: RowShape) -> str | None:
     return None if len(document.probs) == rows else f"probs must have {rows} rows, found {len(document.probs)}"
 
 
-def message_problem(documents: Sequence[Document]) -> str | None:
-    """Messages must tile the text at character boundaries: then (segment, byte) names one place."""
+def message_problem(documents: Sequence[Document], *, text: bool = True) -> str | None:
+    """Messages must tile the text at character boundaries: then (segment, byte) names one place.
+
+    Where the documents are without `text`, messages must still follow one another.
+    """
     for number, document in enumerate(documents):
         data, position = document.text.encode(), 0
         for message in document.messages:
@@ -72,7 +76,9 @@ def message_problem(documents: Sequence[Document]) -> str | None:
             position = message.byte_end
             if position < len(data) and data[position] & 0xC0 == 0x80:
                 return f"document {number}: a message ends inside a character, at byte {position}"
-        if position != len(data):
+        if not text and (data or document.metadata):
+            return f"document {number}: it has text or metadata, in a cache without"
+        if text and position != len(data):
             return f"document {number}: messages cover {position} bytes of a text of {len(data)}"
     return None
 

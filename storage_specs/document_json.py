@@ -3,10 +3,11 @@
 A message is {"role": string, "byte_start": int, "byte_end": int, "scored": bool, "extra": object}.
 """
 
+import json
 from dataclasses import asdict
 from typing import Any
 
-from storage_specs.document import KINDS, Document, Message
+from storage_specs.document import KINDS, Document, Message, canonical_json
 
 _MESSAGE_TYPES = {"role": str, "byte_start": int, "byte_end": int, "scored": bool, "extra": dict}
 
@@ -14,6 +15,16 @@ _MESSAGE_TYPES = {"role": str, "byte_start": int, "byte_end": int, "scored": boo
 def messages_to_json(document: Document) -> list[dict[str, Any]]:
     """The document's messages as JSON values."""
     return [asdict(message) for message in document.messages]
+
+
+def document_to_bytes(document: Document) -> bytes:
+    """A whole document, text included, as JSON."""
+    return canonical_json([document.kind, document.text, messages_to_json(document), document.metadata])
+
+
+def document_from_bytes(data: bytes) -> Document:
+    """The document that `document_to_bytes` wrote. Raises ValueError."""
+    return document_from_json(*json.loads(data))
 
 
 def document_from_json(kind: Any, text: str, messages: Any, metadata: Any) -> Document:

@@ -41,6 +41,10 @@ class OutputFolderError(TeachOnceError, FileExistsError):
     """The output folder holds something else, and nothing in it was touched."""
 
 
+class CacheInUseError(TeachOnceError):
+    """Another process of this machine is writing the cache."""
+
+
 class CacheMismatchError(TeachOnceError, ValueError):
     """A cache, plan or checkpoint was made with another teacher, tokenizer, corpus or setting than the config names."""
 
@@ -75,6 +79,18 @@ class SpecVersionError(TeachOnceError, ValueError):
 
 class StorageFullError(TeachOnceError, OSError):
     """The disk is full; what was complete is kept, and the same command resumes."""
+
+
+class StoreUnavailableError(TeachOnceError, ConnectionError):
+    """An object store did not answer, or kept failing through all retries; nothing half read was returned."""
+
+
+class StoreAccessError(TeachOnceError, PermissionError):
+    """An object store refused: no such bucket, no or wrong credentials, a right that is missing."""
+
+
+class StoreUnsupportedError(TeachOnceError):
+    """A place that cannot do what was asked of it: written to but read only, or without conditional creation."""
 
 
 class AlignmentError(TeachOnceError, ValueError):

@@ -1,13 +1,16 @@
 """Objects as files under a folder: synced, then renamed into place."""
 
 import errno
+import math
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
+from storage_specs.confinement import open_inside
 from storage_specs.errors import (
     MissingObjectError,
     OutputFolderError,
@@ -15,7 +18,7 @@ from storage_specs.errors import (
     TeachOnceError,
 )
 from storage_specs.objects import Objects
-from storage_specs.stored_object import REMEDY, check_length
+from storage_specs.stored_object import StoredObject, check_length, remedy_at
 
 # Files being written lie here, named host-pid-number, and are renamed into place; what a killed writer left is swept.
 WRITING_FOLDER = ".writing"
@@ -26,32 +29,40 @@ _in_use: set[str] = set()
 
 
 class LocalObjects(Objects):
-    """Objects as files under a folder. An object appears whole or not at all, and stays after a power cut."""
+    """Objects as files under a folder. An object appears whole or not at all, and stays after a power cut.
+
+    Sizes and bytes come from regular files only: MalformedObjectError for symlinks, pipes and devices.
+    """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
 
     def size(self, name: str) -> int | None:
         try:
-            return (self.root / name).stat().st_size
+            descriptor = open_inside(self.root, name)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        try:
+            return os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
 
     def read(self, name: str) -> bytes:
         try:
-            return (self.root / name).read_bytes()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            with open(open_inside(self.root, name), "rb") as file:
+                return file.read()
+        except (FileNotFoundError, NotADirectoryError):
             raise self._missing(name) from None
 
     def read_range(self, name: str, offset: int, size: int) -> bytes:
         try:
-            with open(self.root / name, "rb") as file:
+            with open(open_inside(self.root, name), "rb") as file:
                 there = max(0, os.fstat(file.fileno()).st_size - offset)
                 file.seek(offset)
                 data = file.read(min(size, there))  # read() allocates what it is asked for
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        except (FileNotFoundError, NotADirectoryError):
             raise self._missing(name) from None
-        check_length(name, offset, size, len(data))
+        check_length(name, offset, size, len(data), remedy_at(self.root))
         return data
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -75,6 +86,18 @@ class LocalObjects(Objects):
         for folder in sorted(folders):
             _sync(folder)
 
+    def link_all(self, source: Objects, names: Mapping[str, StoredObject]) -> None:
+        folders: set[Path] = set()
+        for name, stored in names.items():
+            target = self.root / name
+            folders |= self._make_folder(target.parent)
+            if not (isinstance(source, LocalObjects) and self._linked(source, stored, target)):
+                with self._written(source.fetch(stored), target) as temporary:
+                    os.replace(temporary, target)
+            folders.add(target.parent)
+        for folder in sorted(folders):
+            _sync(folder)
+
     def create(self, name: str, data: bytes) -> bool:
         target = self.root / name
         folders = self._make_folder(target.parent)
@@ -82,7 +105,7 @@ class LocalObjects(Objects):
             created = _place(temporary, target)
         for folder in sorted(folders | {target.parent}):
             _sync(folder)
-        return created
+        return created or self.read(name) == data
 
     def delete(self, name: str) -> None:
         with writing(self.root / name):
@@ -90,17 +113,38 @@ class LocalObjects(Objects):
         if (self.root / name).parent.is_dir():
             _sync((self.root / name).parent)
 
-    def sweep(self) -> None:
+    def age(self, name: str) -> float | None:
+        try:
+            status = (self.root / name).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return time.time() - max(status.st_mtime, status.st_ctime)  # a hard link keeps the time of its writing
+
+    def leftovers(self, grace: float) -> Iterator[tuple[str, int]]:
         folder = self.root / WRITING_FOLDER
         for path in folder.iterdir() if folder.is_dir() else ():
             host, process = _owner(path.name)
-            if host == socket.gethostname() and path.name not in _in_use and not _alive(process):
-                path.unlink(missing_ok=True)
+            name = f"{WRITING_FOLDER}/{path.name}"
+            age, size = self.age(name), self.size(name)
+            if age is None or size is None:  # renamed into place by now
+                continue
+            ours = host == socket.gethostname()
+            if path.name not in _in_use and (not _alive(process) if ours else age > grace):
+                yield name, size
+
+    def sweep(self, grace: float = math.inf) -> None:
+        for name, _ in self.leftovers(grace):
+            (self.root / name).unlink(missing_ok=True)
         with suppress(OSError):  # never made, or another builder is writing
-            folder.rmdir()
+            (self.root / WRITING_FOLDER).rmdir()
+        for folder, _, _ in os.walk(self.root, topdown=False) if grace < math.inf else ():
+            name = os.path.relpath(folder, self.root)
+            if name != "." and (self.age(name) or 0) >= grace:
+                with suppress(OSError):  # not empty
+                    os.rmdir(folder)
 
     def _missing(self, name: str) -> MissingObjectError:
-        return MissingObjectError(f"{name}: expected an object, found none in {self.root}; {REMEDY}")
+        return MissingObjectError(f"{name}: expected an object, found none in {self.root}; {remedy_at(self.root)}")
 
     def _make_folder(self, folder: Path) -> set[Path]:
         """Make a folder and its parents; returns the folders that got a new entry, to be synced."""
@@ -111,23 +155,41 @@ class LocalObjects(Objects):
             folder.mkdir(parents=True, exist_ok=True)
         return {step.parent for step in missing}
 
+    def _linked(self, source: "LocalObjects", stored: StoredObject, target: Path) -> bool:
+        """Make `target` a hard link of a file of another root: whether that could be."""
+        source.check_size(stored)
+        with self._temporary() as temporary, writing(target):
+            temporary.parent.mkdir(exist_ok=True)
+            try:
+                os.link(source.root / stored.name, temporary)
+            except OSError as error:
+                if error.errno in (*_NO_HARD_LINKS, errno.EXDEV):
+                    return False
+                raise
+            os.replace(temporary, target)
+        return True
+
     @contextmanager
     def _written(self, data: bytes, target: Path) -> Iterator[Path]:
         """A synced temporary file with `data`, gone afterwards unless it was renamed."""
-        folder = self.root / WRITING_FOLDER
+        with self._temporary() as temporary, writing(target):  # renaming and linking need space too
+            temporary.parent.mkdir(exist_ok=True)
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+
+    @contextmanager
+    def _temporary(self) -> Iterator[Path]:
+        """A name for a file being written, which is gone afterwards unless it was renamed."""
         name = f"{socket.gethostname()}-{os.getpid()}-{next(_numbers)}"
         _in_use.add(name)
         try:
-            with writing(target):
-                folder.mkdir(exist_ok=True)
-                with open(folder / name, "xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                yield folder / name  # renaming and linking need space too
+            yield self.root / WRITING_FOLDER / name
         finally:
             with suppress(OSError):  # swept later
-                (folder / name).unlink(missing_ok=True)
+                (self.root / WRITING_FOLDER / name).unlink(missing_ok=True)
             _in_use.discard(name)
 
 

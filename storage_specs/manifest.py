@@ -1,5 +1,6 @@
 """manifest.json: the last object of a cache, which names and proves all others."""
 
+import re
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -12,11 +13,13 @@ from storage_specs.errors import ConfigError, IncompleteCacheError, MalformedObj
 from storage_specs.objects import Objects
 from storage_specs.sealed_json import seal, unseal
 from storage_specs.shard_record import record_name
-from storage_specs.stored_object import REMEDY, StoredObject
-from storage_specs.stores import STORES
+from storage_specs.stored_object import REMEDY, StoredObject, remedy_at
+from storage_specs.stores import STORES, revision_mark
 
 NAME = "manifest.json"
 MAX_BYTES = 1_000_000
+MAX_OBJECT_BYTES = 1 << 30  # of plan, shard table, document table and vocabulary
+CACHE_ID = re.compile("[0-9a-f]{64}")
 COUNTS = ("documents", "rows", "end_rows", "empty_documents", "text_bytes", "unscored_bytes")
 
 
@@ -27,10 +30,12 @@ class Manifest:
     cache_id: sha256 (hex) of all the others. teacher, tokenizer, chat_template, engine, windows: as the builder gave
     them. corpus: {digest, documents}. k, k_ids, vocab_size, store: see `CacheSettings`. codec: {profile, parameters,
     bound_l1_error, max_l1_error, p99_l1_error, mean_l1_error}: the bound is proven, the others measured. held_out:
-    {rule, documents}. drift: the engine's, measured, or None (`storage_specs.drift`). rank_edges: ranks between which
-    the bins of the tail lie, None without bins. counts: {documents, rows, end_rows, empty_documents, text_bytes,
-    unscored_bytes}. plan, shards, documents, vocabulary (None without ids): the objects plan.json, shards.parquet,
-    documents.parquet, vocabulary.parquet. config_digest: of the builder's settings.
+    {rule, documents}. drift: `storage_specs.drift`. rank_edges: ranks between which the bins of the tail lie, None without bins. counts: {documents,
+    rows, end_rows, empty_documents, text_bytes, unscored_bytes}. plan, shards, documents, vocabulary (None without
+    ids): the objects plan.json, shards.parquet, documents.parquet, vocabulary.parquet. config_digest: of the builder's
+    settings. replaces: cache_ids of the caches that repairs of this one replaced, the latest last; empty in one as it
+    was built. generation: how the teacher wrote the completions, and how many were `refused`; None where it scored
+    given texts. text: whether the documents' texts are kept.
     """
 
     spec_version: int
@@ -55,6 +60,9 @@ class Manifest:
     documents: StoredObject
     vocabulary: StoredObject | None
     config_digest: str
+    replaces: list[str]
+    generation: dict[str, Any] | None
+    text: bool
 
     @cached_property
     def row_shape(self) -> RowShape:
@@ -65,6 +73,11 @@ class Manifest:
             profile=self.codec["profile"],
             parameters=self.codec["parameters"],
         )
+
+    @property
+    def revision(self) -> int:
+        """How often the cache was repaired."""
+        return len(self.replaces)
 
     @property
     def stored(self) -> StoredObject:
@@ -91,10 +104,10 @@ def read_manifest(objects: Objects) -> Manifest:
     size = objects.size(NAME)
     if size is not None:
         _check_length(size, NAME)
-        return manifest_from_bytes(objects.read(NAME))
+        return manifest_from_bytes(objects.read(NAME), remedy=remedy_at(objects.place))
     if objects.size(plan.NAME) is None:
         raise NotACacheError(f"{objects.place}: no cache here: expected {NAME}")
-    planned, _ = plan.plan_from_bytes(objects.read(plan.NAME))
+    planned, _ = plan.plan_from_bytes(objects.read_within(plan.NAME, plan.MAX_BYTES))
     shards = range(len(planned.shards))
     missing = sum(objects.size(record_name(shard)) is None for shard in shards)
     remedy = (
@@ -112,10 +125,15 @@ def manifest_to_bytes(values: dict[str, Any]) -> bytes:
     return seal(values, "cache_id")
 
 
-def manifest_from_bytes(data: bytes, place: str = NAME) -> Manifest:
+def kept_name(revision: int) -> str:
+    """Under which name a repair keeps the manifest that it replaces."""
+    return f"manifest{revision_mark(revision) or '.r0'}.json"
+
+
+def manifest_from_bytes(data: bytes, place: str = NAME, remedy: str = REMEDY) -> Manifest:
     """Raises SpecVersionError, ChecksumMismatchError, MalformedObjectError naming `place`."""
     _check_length(len(data), place)
-    value = unseal(data, "cache_id", place, REMEDY)
+    value = unseal(data, "cache_id", place, remedy)
     try:
         for key in ("plan", "shards", "documents", "vocabulary"):
             if key != "vocabulary" or value[key] is not None:
@@ -141,6 +159,9 @@ def _problem_of(manifest: Manifest) -> str | None:
     k, k_ids, vocab_size = sizes = (manifest.k, manifest.k_ids, manifest.vocab_size)
     if not all(type(size) is int for size in sizes) or not (0 <= k_ids <= k <= vocab_size <= 2**32 and k >= 1):
         return f"k, k_ids and vocab_size are {sizes}, but 0 <= k_ids <= k <= vocab_size <= 2^32 and k >= 1 must hold"
+    for stored in manifest.objects:
+        if stored.size > MAX_OBJECT_BYTES:
+            return f"{stored.name} has {stored.size} bytes, above the limit of {MAX_OBJECT_BYTES}"
     if manifest.store not in STORES:
         return f"store {manifest.store!r} is none of {', '.join(STORES)}"
     if problem := drift_problem(manifest.drift):
@@ -152,4 +173,9 @@ def _problem_of(manifest: Manifest) -> str | None:
         return f"rank_edges end at {edges[-1]}, but vocab_size is {vocab_size}"
     if (manifest.vocabulary is None) != (manifest.k_ids == 0):
         return "a vocabulary belongs to a cache exactly where ids do"
+    if type(manifest.text) is not bool:
+        return f"text is {manifest.text!r:.50}, but must be true or false"
+    ids = manifest.replaces
+    if not isinstance(ids, list) or not all(isinstance(item, str) and CACHE_ID.fullmatch(item) for item in ids):
+        return "replaces must be a list of cache_ids"
     return None

@@ -4,14 +4,15 @@ Names are relative, with `/` between parts. A root is a local folder or the URL 
 (`open_objects`). All reading, writing and checking of a cache's bytes happens through this interface.
 """
 
+import math
 import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from storage_specs.errors import ConfigError, MissingObjectError, SizeMismatchError
-from storage_specs.stored_object import REMEDY, StoredObject
+from storage_specs.errors import ConfigError, MalformedObjectError, MissingObjectError, SizeMismatchError
+from storage_specs.stored_object import StoredObject, remedy_at
 
 OBJECT_STORES = ("s3", "gs", "az")  # read and written, through obstore
 HUB = "hf"  # read only
@@ -55,9 +56,10 @@ class Objects(ABC):
 
     @abstractmethod
     def create(self, name: str, data: bytes) -> bool:
-        """Write an object only if there is none of that name: whether it was written.
+        """Write an object only if there is none of that name: whether it is there now with these bytes.
 
-        Raises StorageFullError, OutputFolderError.
+        So False means that another writer was first, with other bytes; they are left as they are. Raises
+        StorageFullError, OutputFolderError, StoreUnsupportedError.
         """
 
     @abstractmethod
@@ -65,18 +67,41 @@ class Objects(ABC):
         """Delete an object, if there is one, for good. Raises StorageFullError, OutputFolderError."""
 
     @abstractmethod
-    def sweep(self) -> None:
-        """Remove what killed writers of this host left half written; what live processes write stays."""
+    def age(self, name: str) -> float | None:
+        """Seconds since an object was written or linked here; None where there is none."""
 
-    def check_size(self, stored: StoredObject) -> None:
-        """Raises MissingObjectError, SizeMismatchError; reads nothing."""
-        found = self.size(stored.name)
+    def leftovers(self, grace: float) -> Iterator[tuple[str, int]]:
+        """(name, size) of what writers left half written: those of this host that are gone, and others where it is
+        older than `grace` seconds. Nothing in object stores, where an object appears whole."""
+        return iter(())
+
+    @abstractmethod
+    def sweep(self, grace: float = math.inf) -> None:
+        """Remove `leftovers(grace)`, and folders that have been empty for longer; what live processes write stays."""
+
+    def link_all(self, source: "Objects", names: Mapping[str, StoredObject]) -> None:
+        """Take over objects of another root under new names: {name here: the object there}, replacing what was here.
+
+        Between folders of one file system they are hard links, of which only the sizes were looked at; else copies,
+        verified. Raises CorruptCacheError's kinds (the source's), StorageFullError, OutputFolderError.
+        """
+        contents = source.fetch_all(list(names.values()))
+        self.write_all({name: contents[stored.name] for name, stored in names.items()})
+
+    def check_size(self, stored: StoredObject, sizes: Mapping[str, int] | None = None) -> None:
+        """Raises MissingObjectError, SizeMismatchError; reads nothing.
+
+        sizes: what `list` said, where many objects are looked at.
+        """
+        found = self.size(stored.name) if sizes is None else sizes.get(stored.name)
         if found is None:
             raise MissingObjectError(
-                f"{stored.name}: expected {stored.size} bytes, found no object in {self.place}; {REMEDY}"
+                f"{stored.name}: expected {stored.size} bytes, found no object in {self.place}; {remedy_at(self.place)}"
             )
         if found != stored.size:
-            raise SizeMismatchError(f"{stored.name}: expected {stored.size} bytes, found {found}; {REMEDY}")
+            raise SizeMismatchError(
+                f"{stored.name}: expected {stored.size} bytes, found {found}; {remedy_at(self.place)}"
+            )
 
     def fetch(self, stored: StoredObject) -> bytes:
         """The object's bytes, verified: what is checked is what is returned.
@@ -85,8 +110,15 @@ class Objects(ABC):
         """
         self.check_size(stored)
         data = self.read(stored.name)
-        stored.check(data)
+        stored.check(data, remedy_at(self.place))
         return data
+
+    def read_within(self, name: str, limit: int) -> bytes:
+        """The whole object, unverified, of at most `limit` bytes. Raises MissingObjectError, MalformedObjectError."""
+        size = self.size(name)
+        if size is not None and size > limit:
+            raise MalformedObjectError(f"{name}: {size} bytes, above the limit of {limit}")
+        return self.read(name)
 
     def fetch_all(self, wanted: Sequence[StoredObject]) -> dict[str, bytes]:
         """{name: bytes} of several objects, verified; object stores are asked for many at a time.

@@ -1,21 +1,27 @@
 """Parquet files as bytes: how every table of a cache is written and read back.
 
-Legend: a part is a range of an object with a checksum of its own (`shard_bytes`).
+A file's pages are measured before they are decoded, against the room that its reader gives each column.
+
+Legend: a part is a range of an object with a checksum of its own (`shard_bytes`). Room: {column: (bytes, values)}, the
+most that its values may take uncompressed, and the most of them; numbers in lists, and the lists without any, are
+values.
 """
 
 import io
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
+from storage_specs.parquet_pages import MAX_PAGE_HEADER_BYTES, decoded_sizes
 from storage_specs.shard_bytes import EncodedObject, ShardBytes, WholeObjects
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-MAX_UNCOMPRESSED_BYTES = 1 << 34
+MAX_FOOTER_BYTES = 1 << 18  # a footer becomes up to 230 times its size in memory
 MAGIC = b"PAR1"
+Room = Mapping[str, tuple[int, int]]
 
 
 def table_to_bytes(table: "pa.Table", rows_per_group: int | None = None) -> bytes:
@@ -30,7 +36,8 @@ def table_to_object(
 ) -> EncodedObject:
     """A table as a Parquet file, cut into its column chunks and its footer.
 
-    coding: Parquet's encoding by column path; plain where none is given. groups: rows of each row group.
+    coding: Parquet's encoding by column path; plain where none is given. groups: rows of each row group. Small pages,
+    each with an entropy code of its own, suit columns whose bytes change their nature from rank to rank.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -40,7 +47,8 @@ def table_to_object(
         sink,
         table.schema,
         compression="zstd",
-        compression_level=9,
+        compression_level=15,
+        data_page_size=1 << 17,
         use_dictionary=False,
         column_encoding=coding or None,
         write_statistics=False,
@@ -54,15 +62,16 @@ def table_to_object(
     return EncodedObject(data, _part_sizes(data))
 
 
-def table_from_bytes(data: bytes, schema: "pa.Schema", rows: int | None = None) -> "pa.Table":
+def table_from_bytes(data: bytes, schema: "pa.Schema", room: Room, rows: int | None = None) -> "pa.Table":
     """The table of a verified Parquet file. Raises ValueError, before decoding it where schema or sizes are others."""
-    return read_rows(WholeObjects({"": data}), "", schema, count=rows)
+    return read_rows(WholeObjects({"": data}), "", schema, room, count=rows)
 
 
 def read_rows(
     source: ShardBytes,
     name: str,
     schema: "pa.Schema",
+    room: Room,
     wanted: slice | None = None,
     count: int | None = None,
     most: int | None = None,
@@ -76,17 +85,17 @@ def read_rows(
 
     try:
         metadata = _footer(source, name)
-        if not metadata.schema.to_arrow_schema().equals(schema):
-            raise ValueError(f"its columns are {_types(metadata.schema.to_arrow_schema())}, expected {_types(schema)}")
+        found = metadata.schema.to_arrow_schema()
+        if not found.equals(schema) or any(map(_is_marked, found)):
+            raise ValueError(f"its columns are {_types(found)}, expected {_types(schema)} without metadata")
         rows = metadata.num_rows
         if rows != (rows if count is None else count) or rows > (rows if most is None else most):
             raise ValueError(f"it has {rows} rows, expected {most if count is None else count}")
         sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-        ends = [sum(sizes[: number + 1]) for number in range(len(sizes))]
+        ends = list(accumulate(sizes))
         wanted = wanted or slice(0, rows)
         groups = [n for n, end in enumerate(ends) if end > wanted.start and end - sizes[n] < wanted.stop]
-        if sum(metadata.row_group(number).total_byte_size for number in groups) > MAX_UNCOMPRESSED_BYTES:
-            raise ValueError(f"it claims to decode to more than {MAX_UNCOMPRESSED_BYTES} bytes")
+        _check_room(decoded_sizes(metadata, groups, lambda start, size: source.read(name, start, start + size)), room)
         if len(groups) == len(sizes):
             file: Any = pa.BufferReader(source.read(name))
         else:
@@ -97,6 +106,17 @@ def read_rows(
         return table.slice(wanted.start - before, wanted.stop - wanted.start)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"not a readable Parquet file ({error})") from None
+
+
+def _check_room(sizes: Room, room: Room) -> None:
+    """Raises ValueError where columns would take more than they may; codings and levels may add a little."""
+    for column, (size, values) in sizes.items():
+        most_bytes, most_values = room[column]
+        if values > most_values or size > most_bytes + most_bytes // 8 + 16 * values + MAX_PAGE_HEADER_BYTES:
+            raise ValueError(
+                f"column {column} has {values} values in {size} bytes uncompressed, expected at most {most_values} in "
+                f"{most_bytes}"
+            )
 
 
 class _Ranges(io.RawIOBase):
@@ -136,6 +156,8 @@ def _footer(source: ShardBytes, name: str) -> "pq.FileMetaData":
     length = int.from_bytes(source.read(name, size - 8, size - 4), "little") + 8
     if not 8 < length <= size - 4:
         raise ValueError(f"its footer claims {length} bytes of {size}")
+    if length > MAX_FOOTER_BYTES:
+        raise ValueError(f"its footer has {length} bytes, above the limit of {MAX_FOOTER_BYTES}: too many row groups")
     # pyarrow asks for a whole file; of this one it needs only the end
     return pq.read_metadata(pa.BufferReader(MAGIC + bytes(source.read(name, size - length, size))))
 
@@ -152,6 +174,12 @@ def _part_sizes(data: bytes) -> list[int]:
     starts = sorted(column.data_page_offset for column in columns)
     cuts = [0, *starts[1:], len(data) - footer, len(data)]
     return [stop - start for start, stop in pairwise(cuts)]
+
+
+def _is_marked(field: "pa.Field") -> bool:
+    """Whether a field or one inside it has metadata: they may name a Python type that a reader would revive."""
+    inner = (field.type.field(number) for number in range(field.type.num_fields))
+    return bool(field.metadata) or any(map(_is_marked, inner))
 
 
 def _types(schema: Any) -> str:

@@ -11,6 +11,7 @@ from storage_specs.errors import ConfigError, CorpusError, MalformedObjectError
 from storage_specs.sealed_json import digest_of, seal, unseal
 
 NAME = "plan.json"
+MAX_BYTES = 1 << 30  # some 16 million documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ def make_plan(documents: Sequence[Document], documents_per_shard: int) -> Plan:
 
 
 def plan_to_bytes(plan: Plan, config: dict[str, Any]) -> bytes:
-    """plan.json: the plan, and `config` = `CacheSettings.config`."""
+    """plan.json: the plan, and `config` = `CacheSettings.config`. Raises CorpusError: too many documents for a plan."""
     value = {
         "config": config,
         "config_digest": digest_of(config),
@@ -51,7 +52,13 @@ def plan_to_bytes(plan: Plan, config: dict[str, Any]) -> bytes:
         "documents_per_shard": [len(shard) for shard in plan.shards],
         "doc_ids": list(plan.doc_ids),
     }
-    return seal(value, "plan_digest")
+    data = seal(value, "plan_digest")
+    if len(data) > MAX_BYTES:
+        raise CorpusError(
+            f"the corpus has {len(plan.doc_ids)} documents, too many for one cache (a plan has at most {MAX_BYTES} "
+            "bytes): build several caches and merge them"
+        )
+    return data
 
 
 def plan_from_bytes(data: bytes, place: str = NAME) -> tuple[Plan, dict[str, Any]]:
@@ -83,8 +90,12 @@ def differences(plan: Plan, config: dict[str, Any], other_plan: Plan, other_conf
         found.append(f"corpus: {len(plan.doc_ids)} documents, not these {len(other_plan.doc_ids)}")
     if plan.shards != other_plan.shards:
         found.append(f"documents per shard: {len(plan.shards[0])}, not {len(other_plan.shards[0])}")
-    found += _differing("", config, other_config)
-    return "; ".join(found) or "plan.json itself"
+    return "; ".join(filter(None, [*found, config_differences(config, other_config)])) or "plan.json itself"
+
+
+def config_differences(config: dict[str, Any], other_config: dict[str, Any]) -> str:
+    """What tells two settings apart, the first's value before the second's; empty where nothing does."""
+    return "; ".join(_differing("", config, other_config))
 
 
 def _differing(name: str, first: Any, second: Any) -> list[str]:

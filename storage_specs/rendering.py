@@ -60,7 +60,7 @@ def render(
 
     Raises ChatTemplateError (chat without a template, or with one that alters contents) and TokenizerError.
     """
-    prefix_P = _prefix(tokenizer, bos_token)
+    prefix_P = prefix_ids(tokenizer, bos_token)
     if document.kind == "chat":
         rendering = render_conversation(tokenizer, document, chat_template, chat_template_kwargs)
     else:
@@ -85,7 +85,7 @@ def render(
     return _sequence(document, rendering, prefix_P, ids_T, spans_T2, _end_tokens(tokenizer, rendering, ids_T, spans_T2))
 
 
-def _prefix(tokenizer: Any, bos_token: str | None) -> np.ndarray:
+def prefix_ids(tokenizer: Any, bos_token: str | None) -> np.ndarray:
     """(P,) int64: the special tokens in front of every text; `bos_token` replaces what the tokenizer itself adds."""
     backend = backend_of(tokenizer)
     if bos_token is not None:

@@ -5,11 +5,11 @@ number formatting: cut `"<field>":"<64 hex digits>"` and its comma out of the st
 """
 
 import hashlib
-import json
 from typing import Any
 
 from storage_specs.document import canonical_json
 from storage_specs.errors import ChecksumMismatchError, MalformedObjectError, SpecVersionError
+from storage_specs.strict_json import strict_json
 
 SPEC_VERSION = 1  # of what this code writes, and the only one that it reads
 
@@ -31,15 +31,17 @@ def unseal(data: bytes, field: str, place: str, remedy: str) -> dict[str, Any]:
     Raises SpecVersionError (another version than ours), ChecksumMismatchError, MalformedObjectError, naming `place`.
     """
     try:
-        value = json.loads(data)
+        value = strict_json(data)
         if not isinstance(value, dict):
             raise ValueError(f"expected an object, found {type(value).__name__}")
         found = digest_of({key: item for key, item in value.items() if key != field})
         canonical = canonical_json(value)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise MalformedObjectError(f"{place}: not the JSON that was written ({error}); {remedy}") from None
     version = value.get("spec_version")
-    if type(version) is not int or version != SPEC_VERSION:
+    if type(version) is not int:
+        raise MalformedObjectError(f"{place}: it has no spec_version; {remedy}")
+    if version != SPEC_VERSION:
         raise SpecVersionError(
             f"{place}: spec_version is {version!r}, and this teach-once reads version {SPEC_VERSION} only; "
             "install the teach-once that wrote the cache, or a newer one"

@@ -27,7 +27,9 @@ class CacheSettings:
     they are (names, revisions, digests, versions); the format keeps them as they are. k: sorted values per row.
     k_ids: ranks whose ids are kept, 0 to k. vocab_size: the teacher's. store: "zarr" or "arrow".
     profile, parameters: of the value codec (`codecs.codec_of`), its own defaults where none are given.
-    vocabulary: the teacher's words, needed exactly where k_ids > 0, with vocab_size entries.
+    vocabulary: the teacher's words, needed exactly where k_ids > 0, with vocab_size entries. generation: how the
+    teacher wrote completions (a JSON object), None where it scored texts that were there. text: whether the documents'
+    texts are kept (`textless`).
     """
 
     teacher: dict[str, Any]
@@ -42,6 +44,8 @@ class CacheSettings:
     parameters: dict[str, Any] = field(default_factory=dict)
     windows: dict[str, Any]
     vocabulary: "Vocabulary | None" = None
+    generation: dict[str, Any] | None = None
+    text: bool = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.vocab_size <= LARGEST_VOCABULARY:
@@ -50,6 +54,8 @@ class CacheSettings:
             raise ConfigError(f"k is {self.k}, but must be from 1 to the vocabulary's size, {self.vocab_size}")
         if not 0 <= self.k_ids <= self.k:
             raise ConfigError(f"k_ids is {self.k_ids}, but must be from 0 to k, which is {self.k}")
+        if self.generation is not None and not self.text:
+            raise ConfigError("text must be kept where the teacher writes it: nobody else could give it again")
         if self.store not in STORES:
             raise ConfigError(f"store is {self.store!r}, but must be {' or '.join(STORES)}")
         if (self.row_shape.rank_edges or (self.vocab_size,))[-1] != self.vocab_size:
@@ -89,6 +95,8 @@ class CacheSettings:
             "profile": self.profile,
             "parameters": self.row_shape.codec.parameters,
             "windows": self.windows,
+            "generation": self.generation,
+            "text": self.text,
             "vocabulary_digest": None if self.vocabulary is None else vocabulary_digest(self.vocabulary),
         }
         try:

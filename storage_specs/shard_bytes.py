@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from storage_specs.checksum import crc32c
 from storage_specs.errors import ChecksumMismatchError, MalformedObjectError, SizeMismatchError
 from storage_specs.objects import Objects
-from storage_specs.stored_object import REMEDY, StoredObject
+from storage_specs.stored_object import StoredObject, remedy_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,8 @@ class ObjectParts:
             parts = self._parts.get(name) or Parts(sizes=(stored.size,), crc32c=(stored.crc32c,))
             if len(data) != ends[last] - begin:
                 raise SizeMismatchError(
-                    f"{name}: expected {ends[last] - begin} bytes from byte {begin}, found {len(data)}; {REMEDY}"
+                    f"{name}: expected {ends[last] - begin} bytes from byte {begin}, found {len(data)}; "
+                    f"{remedy_at(self._objects.place)}"
                 )
             place = 0
             for size, expected in zip(parts.sizes[first : last + 1], parts.crc32c[first : last + 1], strict=True):
@@ -126,7 +127,7 @@ class ObjectParts:
                 if found != expected:
                     raise ChecksumMismatchError(
                         f"{name}, bytes {begin + place} to {begin + place + size}: expected crc32c {expected:08x}, "
-                        f"found {found:08x}; {REMEDY}"
+                        f"found {found:08x}; {remedy_at(self._objects.place)}"
                     )
                 place += size
             self._fetched[key] = data

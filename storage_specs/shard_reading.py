@@ -4,25 +4,26 @@ A shard is read whole (every object, against size and crc32c), or one document o
 against its crc32c in the shard's commit record).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from storage_specs import row_coding, shard_table
+from storage_specs import places, row_coding, shard_table
 from storage_specs.column_rules import problem_of, size_problem
 from storage_specs.columns import Columns
 from storage_specs.errors import MalformedObjectError, TeachOnceError
 from storage_specs.manifest import Manifest
 from storage_specs.objects import Objects
 from storage_specs.shard_bytes import ObjectParts, ShardBytes, WholeObjects
-from storage_specs.shard_record import ShardRecord, read_record, record_name
+from storage_specs.shard_record import ShardRecord, read_record
 from storage_specs.shard_table import ShardTable
 from storage_specs.stored_object import StoredObject
-from storage_specs.stored_shard import Selection, ShardArrays, StoredShard
-from storage_specs.stores import shard_store, stem_of
+from storage_specs.stored_shard import MAX_HEADER_BYTES, Selection, ShardArrays, StoredShard
+from storage_specs.stores import shard_store
+from storage_specs.zarr_chunks import MAX_METADATA_BYTES
 
 WRITTEN_WRONGLY = "the cache was written wrongly: rebuild it, and please report this"
 
@@ -36,9 +37,10 @@ class ShardReader:
     table: ShardTable
     with_ids: bool
 
-    def columns(self, shard: int) -> Columns:
-        """All documents of a shard; every object was verified whole."""
-        return self._columns(shard, self.stored(shard), Selection.everything(self.table.size_of(shard)))
+    def columns(self, shard: int, contents: Mapping[str, bytes] | None = None) -> Columns:
+        """All documents of a shard; every object was verified whole. `contents`: its objects, if they were read."""
+        source = self.stored(shard) if contents is None else WholeObjects(contents)
+        return self._columns(shard, source, Selection.everything(self.table.size_of(shard)))
 
     def stored(self, shard: int) -> ShardBytes:
         """A shard's objects, verified whole."""
@@ -46,7 +48,7 @@ class ShardReader:
 
     def stored_shard(self, shard: int, source: ShardBytes, selection: Selection) -> StoredShard:
         """Documents of a shard as they are stored, their arrays not looked into."""
-        size, stem = self.table.size_of(shard), stem_of(shard)
+        size, stem = self.table.size_of(shard), self.table.stem_of(shard)
         problem = size_problem(size, self.manifest.row_shape)
         if problem:
             raise MalformedObjectError(f"{shard_table.NAME}: shard {shard}: {problem}; {WRITTEN_WRONGLY}")
@@ -71,31 +73,53 @@ class ShardReader:
         source = ObjectParts(self.objects, self._wanted(shard), record.parts)
         return self._columns(shard, source, self.table.selection(document))
 
+    def text(self, shard: int, record: ShardRecord, document: int) -> str:
+        """The text of one document, by its number in the cache; of the shard's arrays only one is read."""
+        source = ObjectParts(self.objects, self.objects_of(shard)[:-1], record.parts)
+        least, selection = ShardArrays(arrays=places.ARRAYS[-1:], tables={}), self.table.selection(document)
+        with _decoding(self.table.stem_of(shard)):
+            store = shard_store(self.manifest.store)
+            found = store.decode(source, self.table.stem_of(shard), least, self.table.size_of(shard), selection)
+            return found.documents[0].text
+
     def record(self, shard: int) -> ShardRecord:
         """The shard's commit record, verified."""
-        (stored,) = [item for item in self.table.objects[shard] if item.name == record_name(shard)] or [None]
-        if stored is None:
-            raise MalformedObjectError(f"{shard_table.NAME}: shard {shard} has no commit record; {WRITTEN_WRONGLY}")
-        return read_record(self.objects, shard, stored)
+        *others, stored = self.objects_of(shard)
+        record = read_record(self.objects, shard, self.table.revision_of(shard), stored)
+        if list(record.objects) != others:
+            raise MalformedObjectError(
+                f"{record.name}: it names other objects than {shard_table.NAME}; {WRITTEN_WRONGLY}"
+            )
+        return record
+
+    def objects_of(self, shard: int) -> tuple[StoredObject, ...]:
+        """All objects of a shard as the table describes them, its record last: each once, none larger than can be."""
+        stored, size = self.table.objects[shard], self.table.size_of(shard)
+        wanted = row_coding.arrays_of(self.manifest.row_shape, size.rows)
+        numbers = sum(spec.dtype.itemsize * (spec.width or 1) for spec in wanted.arrays) * size.rows
+        most = 2 * (numbers + size.text_bytes + 4 * sum(wanted.tables.values())) + MAX_HEADER_BYTES
+        if len({item.name for item in stored}) < len(stored):
+            problem = "has an object twice"
+        elif any(item.size > (MAX_METADATA_BYTES if item.name.endswith("/zarr.json") else most) for item in stored):
+            problem = f"has an object above the limit for {size}"
+        else:
+            return stored
+        raise MalformedObjectError(f"{shard_table.NAME}: shard {shard} {problem}; {WRITTEN_WRONGLY}")
 
     def _columns(self, shard: int, source: ShardBytes, selection: Selection) -> Columns:
         stored = self.stored_shard(shard, source, selection)
-        with _decoding(stem_of(shard)):
+        with _decoding(self.table.stem_of(shard)):
             columns = row_coding.decode(stored, self.manifest.row_shape)
-            problem = problem_of(columns, self.manifest.vocab_size)
+            problem = problem_of(columns, self.manifest.vocab_size, text=self.manifest.text)
             if problem:
                 raise ValueError(problem)
             return columns
 
     def _wanted(self, shard: int) -> list[StoredObject]:
         """The shard's objects without its record, and where ids are not wanted without those that hold only ids."""
-        store, stem = shard_store(self.manifest.store), stem_of(shard)
+        store, stem = shard_store(self.manifest.store), self.table.stem_of(shard)
         unwanted = frozenset() if self.with_ids else self._id_columns
-        return [
-            stored
-            for stored in self.table.objects[shard]
-            if stored.name != record_name(shard) and not store.columns_of(stored.name, stem) & unwanted
-        ]
+        return [stored for stored in self.objects_of(shard)[:-1] if not store.columns_of(stored.name, stem) & unwanted]
 
     @cached_property
     def _id_columns(self) -> frozenset[str]:

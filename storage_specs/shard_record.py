@@ -9,8 +9,10 @@ from storage_specs.l1_errors import L1Errors
 from storage_specs.objects import Objects
 from storage_specs.sealed_json import seal, unseal
 from storage_specs.shard_bytes import EncodedObject, Parts
-from storage_specs.stored_object import REMEDY, StoredObject
+from storage_specs.stored_object import REMEDY, StoredObject, remedy_at
 from storage_specs.stores import stem_of
+
+MAX_BYTES = 1 << 26  # some 700,000 documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +20,9 @@ class ShardRecord:
     """One finished shard. Per document: doc_ids, document_rows, document_text_bytes. objects: all but the record.
 
     parts: how those objects are cut that have more than one part, by name. l1_errors: what storing its values cost.
-    unscored_bytes: of scored spans. drift: what the run that wrote it measured of its engine (`storage_specs.drift`).
+    unscored_bytes: of scored spans. replaces: cache_ids of the caches that the repair which wrote it replaced, the
+    latest last; none in a shard as it was built. generation: `generated.generation_record` where the teacher wrote the
+    documents, else None. drift: what the run that wrote it measured of its engine (`storage_specs.drift`), or None.
     """
 
     shard: int
@@ -31,11 +35,18 @@ class ShardRecord:
     l1_errors: L1Errors
     objects: tuple[StoredObject, ...]
     parts: dict[str, Parts]
-    drift: dict[str, Any] | None
+    replaces: tuple[str, ...] = ()
+    generation: dict[str, Any] | None = None
+    drift: dict[str, Any] | None = None
+
+    @property
+    def planned_ids(self) -> tuple[str, ...]:
+        """What the plan lists for this shard: its documents, or the prompts that they answer."""
+        return self.doc_ids if self.generation is None else tuple(self.generation["prompt_ids"])
 
     @property
     def name(self) -> str:
-        return record_name(self.shard)
+        return record_name(self.shard, len(self.replaces))
 
     def to_bytes(self) -> bytes:
         """The record's canonical, self-proving JSON."""
@@ -48,9 +59,9 @@ class ShardRecord:
         return seal(value, "record_digest")
 
     @classmethod
-    def from_bytes(cls, data: bytes, place: str) -> "ShardRecord":
+    def from_bytes(cls, data: bytes, place: str, remedy: str = REMEDY) -> "ShardRecord":
         """Raises ChecksumMismatchError, SpecVersionError, MalformedObjectError."""
-        value = unseal(data, "record_digest", place, REMEDY)
+        value = unseal(data, "record_digest", place, remedy)
         try:
             del value["record_digest"], value["spec_version"]
             value["objects"] = tuple(StoredObject.from_json(item, place) for item in value["objects"])
@@ -61,7 +72,7 @@ class ShardRecord:
             value["l1_errors"] = L1Errors.from_json(value["l1_errors"])
             if problem := drift_problem(value["drift"]):
                 raise ValueError(problem)
-            for key in ("doc_ids", "document_rows", "document_text_bytes"):
+            for key in ("doc_ids", "document_rows", "document_text_bytes", "replaces"):
                 value[key] = tuple(value[key])
             return cls(**value)
         except CorruptCacheError:
@@ -77,30 +88,37 @@ def described(contents: dict[str, EncodedObject]) -> tuple[tuple[StoredObject, .
     return objects, {name: Parts.of(item.data, item.part_sizes) for name, item in several.items()}
 
 
-def record_name(shard: int) -> str:
-    return f"{stem_of(shard)}.json"
+def record_name(shard: int, revision: int = 0) -> str:
+    return f"{stem_of(shard, revision)}.json"
 
 
-def read_record(objects: Objects, shard: int, stored: StoredObject | None = None) -> ShardRecord:
+def read_record(objects: Objects, shard: int, revision: int = 0, stored: StoredObject | None = None) -> ShardRecord:
     """A shard's record, its objects not yet looked at; verified, where it is known what was stored.
 
     Raises CorruptCacheError's kinds, SpecVersionError.
     """
-    name = record_name(shard)
-    record = ShardRecord.from_bytes(objects.read(name) if stored is None else objects.fetch(stored), name)
-    if record.shard != shard or not all(stored.name.startswith(f"{stem_of(shard)}.") for stored in record.objects):
+    name = record_name(shard, revision)
+    if stored is not None and stored.size > MAX_BYTES:
+        raise MalformedObjectError(f"{name}: {stored.size} bytes, above the limit of {MAX_BYTES}")
+    data = objects.read_within(name, MAX_BYTES) if stored is None else objects.fetch(stored)
+    record, stem = ShardRecord.from_bytes(data, name, remedy_at(objects.place)), f"{stem_of(shard, revision)}."
+    if record.name != name or not all(item.name.startswith(stem) for item in record.objects):
         raise MalformedObjectError(f"{name}: it is the record of another shard")
     return record
 
 
-def verified_record(objects: Objects, shard: int, config_digest: str, doc_ids: tuple[str, ...]) -> ShardRecord | None:
-    """The shard's record if it belongs to this build and every object that it names verifies (all are read)."""
+def verified_record(
+    objects: Objects, shard: int, config_digest: str, doc_ids: tuple[str, ...] | None, revision: int = 0
+) -> ShardRecord | None:
+    """The shard's record if it belongs to this build and every object that it names verifies (all are read).
+
+    `doc_ids`: what the plan lists for the shard; None where no plan is known.
+    """
     try:
-        record = read_record(objects, shard)
-        if record.config_digest != config_digest or record.doc_ids != doc_ids:
+        record = read_record(objects, shard, revision)
+        if record.config_digest != config_digest or doc_ids not in (None, record.planned_ids):
             return None
-        for stored in record.objects:
-            objects.fetch(stored)
+        objects.fetch_all(record.objects)
     except (CorruptCacheError, SpecVersionError):
         return None
     return record

@@ -6,10 +6,13 @@ from typing import Any
 from storage_specs.checksum import crc32c
 from storage_specs.errors import ChecksumMismatchError, MalformedObjectError, SizeMismatchError
 
-REMEDY = (
-    "fetch the cache again if this is a copy; else delete manifest.json and run the same `cache-builder build` "
-    "command: it redoes only the damaged shards"
-)
+
+def remedy_at(place: object) -> str:
+    """What to do about a damaged object of the cache at `place`."""
+    return f"fetch the cache again if this is a copy, or run `cache-builder repair {place}`"
+
+
+REMEDY = remedy_at("CACHE")
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,13 @@ class StoredObject:
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "size": self.size, "crc32c": self.crc32c}
 
-    def check(self, data: bytes) -> None:
+    def check(self, data: bytes, remedy: str = REMEDY) -> None:
         """Raises SizeMismatchError or ChecksumMismatchError where `data` is not what was written."""
         if len(data) != self.size:
-            raise SizeMismatchError(f"{self.name}: expected {self.size} bytes, found {len(data)}; {REMEDY}")
+            raise SizeMismatchError(f"{self.name}: expected {self.size} bytes, found {len(data)}; {remedy}")
         found = crc32c(data)
         if found != self.crc32c:
-            raise ChecksumMismatchError(f"{self.name}: expected crc32c {self.crc32c:08x}, found {found:08x}; {REMEDY}")
+            raise ChecksumMismatchError(f"{self.name}: expected crc32c {self.crc32c:08x}, found {found:08x}; {remedy}")
 
 
 def check_name(name: Any, place: str) -> None:
@@ -54,7 +57,7 @@ def check_name(name: Any, place: str) -> None:
         raise MalformedObjectError(f"{place}: refused object name {name!r:.200}: it must be a path inside the cache")
 
 
-def check_length(name: str, offset: int, size: int, found: int) -> None:
+def check_length(name: str, offset: int, size: int, found: int, remedy: str = REMEDY) -> None:
     """Raises SizeMismatchError unless a read of `size` bytes from `offset` on found that many."""
     if found != size:
-        raise SizeMismatchError(f"{name}: expected {size} bytes from {offset} on, found {found}; {REMEDY}")
+        raise SizeMismatchError(f"{name}: expected {size} bytes from {offset} on, found {found}; {remedy}")

@@ -12,6 +12,8 @@ import numpy as np
 from storage_specs.codecs.base import ArraySpec
 from storage_specs.document import Document
 
+MAX_HEADER_BYTES = 1 << 28  # of all documents' messages and metadata in a shard, as JSON
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardArrays:

@@ -32,6 +32,11 @@ def shard_store(name: str) -> ShardStore:
     return importlib.import_module(STORES[name])
 
 
-def stem_of(shard: int) -> str:
-    """What the names of all objects of a shard start with."""
-    return f"shards/{shard:06d}"
+def stem_of(shard: int, revision: int = 0) -> str:
+    """What the names of all objects of a shard start with; a repaired shard has names of its own."""
+    return f"shards/{shard:06d}{revision_mark(revision)}"
+
+
+def revision_mark(revision: int) -> str:
+    """What the n-th repair of a cache puts into the names of what it writes; nothing in a cache as it was built."""
+    return f".r{revision}" if revision else ""

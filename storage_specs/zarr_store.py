@@ -8,7 +8,6 @@ Only codecs of the Zarr v3 specification: each array is one object (one outer ch
 `zarr_chunks` codes. Every inner chunk is stored, also where it is all zero.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,12 +18,12 @@ from storage_specs.codecs.base import ArraySpec
 from storage_specs.document import Document, canonical_json
 from storage_specs.document_json import document_from_json, messages_to_json
 from storage_specs.shard_bytes import EncodedObject, ShardBytes
-from storage_specs.stored_shard import Selection, ShardArrays, ShardSize, StoredShard
+from storage_specs.stored_shard import MAX_HEADER_BYTES, Selection, ShardArrays, ShardSize, StoredShard
+from storage_specs.strict_json import strict_json
 
 SUFFIX = ".zarr"
 ROWS_PER_CHUNK = 4096
 BYTES_PER_CHUNK = 1 << 18  # of documents and text
-MAX_HEADER_BYTES = 1 << 30  # of the array `documents`
 
 
 def _flat(name: str, dtype: type) -> ArraySpec:
@@ -80,7 +79,7 @@ def decode(source: ShardBytes, stem: str, wanted: ShardArrays, size: ShardSize, 
     lines = header.split(b"\n") if size.documents else []
     if len(lines) != size.documents:
         raise ValueError(f"array documents has {len(lines)} lines, expected {size.documents}")
-    entries = [json.loads(line) for line in lines[selection.documents]]
+    entries = [strict_json(line) for line in lines[selection.documents]]
     text = read(TEXT, size.text_bytes, selection.text.start, selection.text.stop).tobytes()
     rows = np.array([entry["rows"] for entry in entries], np.int64)
     expected = selection.rows.stop - selection.rows.start

@@ -2,9 +2,11 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from object_stores import S3, moto_server, new_bucket
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
@@ -35,3 +37,19 @@ def wiki_texts() -> list[str]:
             if len(texts) == 64:
                 break
     return texts
+
+
+@pytest.fixture(scope="session")
+def moto_address() -> Iterator[tuple[str, int]]:
+    """Host and port of a real S3 server on loopback, moto's."""
+    with moto_server() as address:
+        yield address
+
+
+@pytest.fixture
+def s3(moto_address: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    """An empty bucket behind a proxy that can break answers; the environment points there."""
+    with new_bucket(moto_address) as bucket:
+        for name, value in bucket.environment.items():
+            monkeypatch.setenv(name, value)
+        yield bucket

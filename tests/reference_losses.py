@@ -105,3 +105,58 @@ def cdf_distance(student_NV: torch.Tensor, teacher_NU: torch.Tensor) -> torch.Te
         for x in (student_NV, teacher_NU)
     )
     return (p_NV - q_NV).abs().sum(1)
+
+
+def jsd(
+    student_logits_NV: torch.Tensor, teacher_probs_NK: torch.Tensor, ids_NI: torch.Tensor, beta: float
+) -> torch.Tensor:
+    """(N,) generalised Jensen-Shannon divergence over the ids of a row and a bucket for all other words."""
+    losses = []
+    for logits_V, probs_K, ids_I in zip(student_logits_NV.double(), teacher_probs_NK.double(), ids_NI, strict=True):
+        q_V = logits_V.softmax(0)
+        sides = [(probs_K[rank], q_V[word]) for rank, word in enumerate(ids_I.tolist()) if word >= 0]
+        p_left, q_left = 1 - sum(p for p, _ in sides), 1 - sum(q for _, q in sides)
+        sides.append((p_left * (p_left > 1e-12), q_left.clamp(min=1e-6)))
+        loss = q_V.new_zeros(())
+        for p, q in sides:
+            m = beta * p + (1 - beta) * q
+            if p > 0:
+                loss = loss + beta * p * (p / m).log()
+            if q > 0:
+                loss = loss + (1 - beta) * q * (q / m).log()
+        losses.append(loss)
+    return torch.stack(losses)
+
+
+def hybrid_rest(
+    student_logits_NV: torch.Tensor,
+    teacher_probs_NK: torch.Tensor,
+    teacher_tail_N: torch.Tensor,
+    words_NI: torch.Tensor,
+) -> torch.Tensor:
+    """(N,) sorted L1 of what `hybrid` compares without words: what is left on both sides, and what is behind that."""
+    losses = []
+    rows = zip(student_logits_NV.double(), teacher_probs_NK.double(), teacher_tail_N.double(), words_NI, strict=True)
+    for logits_V, probs_K, tail, words_I in rows:
+        q_V, words = logits_V.softmax(0), words_I.tolist()
+        p_left = [p for rank, p in enumerate(probs_K) if rank >= len(words) or words[rank] < 0]
+        free_V = torch.ones(len(q_V), dtype=torch.bool)
+        free_V[[word for word in words if word >= 0]] = False
+        q_left = q_V[free_V].sort(descending=True).values
+        loss = (tail - q_left[len(p_left) :].sum()).abs()
+        for rank, p in enumerate(p_left):
+            loss = loss + (p - q_left[rank] if rank < len(q_left) else p).abs()
+        losses.append(loss)
+    return torch.stack(losses)
+
+
+def likelihood(
+    student: list[list[torch.Tensor]], teacher: list[list[float]], temperature: float, lowered: float = 0.0
+) -> torch.Tensor:
+    """(G,) the divergence of two coins per chunk: log-probabilities of its tokens on both sides."""
+    losses = []
+    for own, theirs in zip(student, teacher, strict=True):
+        b = torch.exp(sum(own) / temperature - lowered)
+        a = torch.exp(torch.tensor(sum(theirs), dtype=torch.float64) / temperature - lowered)
+        losses.append(a * (a / b).log() + (1 - a) * ((1 - a) / (1 - b)).log())
+    return torch.stack(losses)

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from cache_builder.commands.cache_parser import cache_parser
+from cache_builder.commands.cache_parser import cache_parser, shard_bar
 from storage_specs.command_line import parse
 
 
@@ -14,6 +14,7 @@ def run(arguments: Sequence[str]) -> int:
     namespace, _ = parse(parser, arguments)
     from storage_specs.verification import verify_cache
 
-    report = verify_cache(namespace.cache, fast=namespace.fast)
+    with shard_bar("verify") as progress:
+        report = verify_cache(namespace.cache, fast=namespace.fast, progress=progress)
     print(report, file=sys.stdout if report.ok else sys.stderr)
     return 0 if report.ok else 2

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from cache_builder.engines.base import Engine, EngineConfig
 from storage_specs.errors import ConfigError
 
-ENGINES = ("transformers", "vllm")
+ENGINES = ("transformers", "vllm", "server")
 
 
 def choose_engine(name: str) -> str:
@@ -13,7 +13,7 @@ def choose_engine(name: str) -> str:
     if name == "auto":
         return "vllm" if find_spec("vllm") and _has_gpu() else "transformers"
     if name not in ENGINES:
-        raise ConfigError(f"engine is {name!r}, but must be auto, {' or '.join(ENGINES)}")
+        raise ConfigError(f"engine is {name!r}, but must be auto, {', '.join(ENGINES)}")
     return name
 
 
@@ -23,14 +23,23 @@ def make_engine(name: str, config: EngineConfig) -> Engine:
         from cache_builder.engines.vllm import VllmEngine
 
         return VllmEngine(config)
+    if name == "server":
+        from cache_builder.engines.server import ServerEngine
+
+        return ServerEngine(config)
     from cache_builder.engines.transformers import TransformersEngine
 
     return TransformersEngine(config)
 
 
-def _has_gpu() -> bool:
+def gpu_count() -> int:
+    """GPUs that torch sees; 0 without torch."""
     if find_spec("torch") is None:
-        return False
+        return 0
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _has_gpu() -> bool:
+    return gpu_count() > 0

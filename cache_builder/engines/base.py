@@ -5,12 +5,16 @@ Legend: R rows of one window, K top-k ranks, J tail bins, L tokens of one window
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from storage_specs.errors import ConfigError, EngineError
 from storage_specs.windows import Window
+
+if TYPE_CHECKING:
+    from cache_builder.engines.generating import Generator
+    from cache_builder.sampling import Sampling
 
 MASS_TOLERANCE = 1e-3  # a top-k that sums to more than 1 by this much is no rounding
 
@@ -76,6 +80,9 @@ class Engine(Protocol):
     def score(self, windows: Iterable[Window]) -> Iterator[WindowScores]:
         """One WindowScores per window, in order. Uses `ids`, `logits_index` and `target_ids` only; may take windows
         ahead of what it has given. EngineError."""
+
+    def generator(self, sampling: "Sampling", words: list[bytes | None]) -> "Generator":
+        """Writes completions with this engine. words: the bytes of every id, in which stop strings are looked for."""
 
     def close(self) -> None:
         """Give back processes and memory; the next `score` loads again."""

@@ -6,18 +6,44 @@ from storage_specs.codecs.base import ArraySpec, Codec, RowValues, encode_measur
 from storage_specs.codecs.compact import CompactCodec
 from storage_specs.codecs.exact import ExactCodec
 from storage_specs.codecs.half import HalfCodec
+from storage_specs.codecs.sketch import BINS, HEAD, SketchCodec
 from storage_specs.errors import ConfigError
+from storage_specs.sketch import log_rank_edges
 
-__all__ = ["PROFILES", "ArraySpec", "Codec", "RowValues", "codec_of", "encode_measured", "l1_error"]
+__all__ = [
+    "PROFILES",
+    "ArraySpec",
+    "Codec",
+    "RowValues",
+    "codec_of",
+    "default_k",
+    "default_parameters",
+    "encode_measured",
+    "l1_error",
+]
 
-_CODECS = {codec.profile: codec for codec in (ExactCodec, HalfCodec, CompactCodec)}
+_CODECS = {codec.profile: codec for codec in (ExactCodec, HalfCodec, CompactCodec, SketchCodec)}
 PROFILES = tuple(_CODECS)
+DEFAULT_K = 64
+
+
+def default_k(profile: str) -> int:
+    """How many values of a row a profile keeps where nobody says: the sketch needs few, its bins hold the rest."""
+    return HEAD if profile == SketchCodec.profile else DEFAULT_K
+
+
+def default_parameters(profile: str, *, k: int, vocab_size: int) -> dict[str, object]:
+    """`parameters` where nobody says. Raises ConfigError for a sketch of k >= vocab_size, which leaves no tail."""
+    if profile == SketchCodec.profile:
+        return {"rank_edges": log_rank_edges(k, vocab_size, BINS).tolist()}
+    return {}
 
 
 def codec_of(profile: str, *, k: int, parameters: Mapping[str, object] | None = None) -> Codec:
-    """The codec of a profile; `parameters` as an earlier codec told them, or None for the profile's defaults.
+    """The codec of a profile; `parameters` as an earlier codec told them; what is left out has its default.
 
-    Raises ConfigError for an unknown profile, unknown parameters, and values that no codec can have.
+    The sketch needs `rank_edges` among them (`default_parameters`). Raises ConfigError for an unknown profile, unknown
+    parameters, and values that no codec can have.
     """
     if profile not in _CODECS:
         raise ConfigError(f"codec profile {profile!r} is none of {', '.join(PROFILES)}")

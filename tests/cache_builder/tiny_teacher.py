@@ -37,3 +37,8 @@ def make_tiny_teacher(folder: Path, tokenizer_folder: Path, seed: int = 0) -> Pa
 def write_corpus(file: Path, texts: list[str]) -> Path:
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf8")
     return file
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder: {relative name: bytes}."""
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}

@@ -1,15 +1,18 @@
 """Small caches with random rows, and windows and documents from bare lists of rows, for this room's tests."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from storage_specs import CacheSettings, CacheWriter, Window, make_plan, render, token_bytes
+from storage_specs import CacheSettings, CacheWriter, Window, make_plan, render, special_roles, token_bytes
 from storage_specs.document import CachedDocument, Message
+from storage_specs.reader import Cache
 from storage_specs.vocabulary import Vocabulary, tokenizer_digest
 
 Row = tuple[int, int, int, int, bool]  # segment, byte_start, token_start, byte_end, is_end
@@ -85,6 +88,51 @@ def random_rows_for(sequence: Any, document: Any, k: int, k_ids: int, vocab_size
     )
 
 
+COUNTED = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+def counting_text(seed: int, words: int = 24) -> str:
+    """Counts up in a circle, by one with probability 0.7, else by two."""
+    random = np.random.default_rng(seed)
+    steps = np.where(random.random(words) < 0.7, 1, 2)
+    return " ".join(COUNTED[place] for place in (random.integers(10) + np.cumsum(steps)) % 10)
+
+
+def write_counting_cache(path: Path, documents: Sequence[Any], tokenizer: Any, *, shuffled: bool = False) -> Path:
+    """A cache of `counting_text`s whose teacher has the student's tokenizer and knows the odds; `shuffled`: the same
+    rows at other places of their document."""
+    words = token_bytes(tokenizer)
+    numbers = [tokenizer(f"x {word}").input_ids[-1] for word in COUNTED]
+    cached = []
+    for document in documents:
+        sequence = render(tokenizer, document)
+        likely_T2 = []
+        for before, gold in zip(sequence.ids[:-1].tolist(), sequence.ids[1:].tolist(), strict=True):
+            place = numbers.index(before) if before in numbers else None
+            likely_T2.append([gold, 0] if place is None else [numbers[(place + step) % 10] for step in (1, 2)])
+        ids_T2 = np.array(likely_T2, dtype=np.int64)
+        if shuffled:
+            ids_T2 = ids_T2[np.random.default_rng(0).permutation(len(ids_T2))]
+        rows = len(ids_T2)
+        cached.append(
+            CachedDocument(
+                kind=document.kind,
+                text=document.text,
+                messages=document.messages,
+                segment=sequence.segment[1:],
+                byte_start=sequence.byte_start[1:],
+                byte_end=sequence.byte_end[1:],
+                is_end=sequence.is_end[1:],
+                gold_logprob=np.full(rows, -0.6, dtype=np.float32),
+                tail_mass=np.full(rows, 0.01, dtype=np.float32),
+                probs=np.tile(np.array([[0.69, 0.30]], dtype=np.float32), (rows, 1)),
+                token_ids=ids_T2,
+            )
+        )
+    vocabulary = Vocabulary(token_bytes=words, special_roles=special_roles(tokenizer))
+    return write_rows(path, cached, tokenizer, k=2, vocab_size=len(words), vocabulary=vocabulary)
+
+
 def write_cache(
     path: Path,
     documents: Sequence[Any],
@@ -95,6 +143,7 @@ def write_cache(
     vocab_size: int = 300,
     documents_per_shard: int = 4,
     teacher_name: str = "tiny-teacher",
+    text: bool = True,
 ) -> Path:
     """A finished cache of these documents: coordinates of `teacher_tokenizer`, random rows over 300 words."""
     cached = [
@@ -103,16 +152,45 @@ def write_cache(
     ]
     # Words from the middle of the vocabulary, so that most have a student word; id 0 plays EOS.
     words = [b"<eos>", *token_bytes(teacher_tokenizer)[5000 : 5000 + vocab_size - 1]]
+    vocabulary = Vocabulary(token_bytes=words, special_roles={0: "eos"}) if k_ids else None
+    return write_rows(
+        path,
+        cached,
+        teacher_tokenizer,
+        k=k,
+        vocab_size=vocab_size,
+        vocabulary=vocabulary,
+        documents_per_shard=documents_per_shard,
+        teacher_name=teacher_name,
+        text=text,
+    )
+
+
+def write_rows(
+    path: Path,
+    cached: Sequence[CachedDocument],
+    teacher_tokenizer: Any,
+    *,
+    k: int,
+    vocab_size: int,
+    vocabulary: Vocabulary | None,
+    documents_per_shard: int = 4,
+    teacher_name: str = "tiny-teacher",
+    text: bool = True,
+) -> Path:
+    """A finished cache of these rows; ids are theirs."""
+    first_ids = next((document.token_ids for document in cached), None)
     settings = CacheSettings(
         teacher={"name": teacher_name},
         tokenizer={"digest": tokenizer_digest(teacher_tokenizer)},
         chat_template=None,
         engine={"name": "random"},
         k=k,
-        k_ids=k_ids,
+        k_ids=0 if first_ids is None else first_ids.shape[1],
         vocab_size=vocab_size,
         windows={"max_model_len": 512, "overlap": 64},
-        vocabulary=Vocabulary(token_bytes=words, special_roles={0: "eos"}) if k_ids else None,
+        vocabulary=vocabulary,
+        text=text,
     )
     plan = make_plan(cached, documents_per_shard)
     writer = CacheWriter(path, settings, plan)
@@ -120,6 +198,25 @@ def write_cache(
         writer.write_shard(shard, [cached[number] for number in members])
     writer.finalize()
     return path
+
+
+class WithSketch(Cache):
+    """An open cache that also holds tail bins: its tail masses, spread over three bins."""
+
+    RANK_EDGES = (8, 20, 80, 300)
+    SHARES = np.array([0.5, 0.3, 0.2], dtype=np.float32)
+
+    def __init__(self, cache: Cache) -> None:
+        vars(self).update(vars(cache))
+        self.manifest = replace(cache.manifest, rank_edges=list(self.RANK_EDGES))
+        self.reader = SimpleNamespace(columns=lambda shard: self._with_bins(cache.reader.columns(shard)))
+
+    def _with_bins(self, plain: Any) -> SimpleNamespace:
+        def document(number: int) -> CachedDocument:
+            found = plain.document(number)
+            return replace(found, tail_bins=found.tail_mass[:, None] * self.SHARES)
+
+        return SimpleNamespace(document=document, documents=plain.documents)
 
 
 def tiny_student(path: Path, tokenizer: Any, seed: int = 0) -> Path:

@@ -6,7 +6,7 @@ import pytest
 from cache_making import tiny_student, write_cache
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from storage_specs import chat_document, completion_document, text_document
+from storage_specs import chat_document, completion_document, is_held_out, text_document
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +31,13 @@ def documents(wiki_texts: list[str]) -> list:
 def cache_path(documents, gemma_tokenizer, tmp_path_factory) -> Path:
     """Random rows at Gemma's boundaries, top 8 of 300 words, ids of the first 4."""
     return write_cache(tmp_path_factory.mktemp("caches") / "gemma", documents, gemma_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def cache_without_held_out(documents, gemma_tokenizer, tmp_path_factory) -> Path:
+    """As `cache_path`, of documents that may all be trained on."""
+    trained_on = [document for document in documents if not is_held_out(document.doc_id)]
+    return write_cache(tmp_path_factory.mktemp("caches") / "no_held_out", trained_on, gemma_tokenizer)
 
 
 @pytest.fixture(scope="session")

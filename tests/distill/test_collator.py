@@ -2,11 +2,9 @@
 
 import numpy as np
 import pytest
-import torch
 from training import config
 
 from distill import CachedDocuments, DistillationCollator, align
-from distill.head import picked_logits
 from distill.trainer import CachedDistillationTrainer  # noqa: F401 (the batch's reader)
 from storage_specs import cut_windows, open_cache, render
 from storage_specs.errors import ConfigError, TokenizerError
@@ -15,7 +13,9 @@ from storage_specs.errors import ConfigError, TokenizerError
 @pytest.mark.parametrize("max_length", [24, 200])
 def test_batch_is_its_documents(cache_path, smollm2_tokenizer, tmp_path, max_length):
     cache = open_cache(cache_path)
-    collator = DistillationCollator(smollm2_tokenizer, config(tmp_path, max_length=max_length, mapped_weight=1), cache)
+    collator = DistillationCollator(
+        smollm2_tokenizer, config(tmp_path, max_length=max_length, loss="uld:1,mapped:1"), cache
+    )
     documents = [cache[3], cache[11], cache[21]]
     batch = collator(documents)
     length = batch["input_ids"].shape[1]
@@ -63,7 +63,7 @@ def test_chats_mask_what_the_assistant_did_not_say(chat_cache_path, smollm2_toke
 
 def test_without_a_teacher_no_row_is_read(cache_path, smollm2_tokenizer, tmp_path):
     cache = open_cache(cache_path, ids=False)
-    batch = DistillationCollator(smollm2_tokenizer, config(tmp_path, uld_weight=0), cache)([cache[3]])
+    batch = DistillationCollator(smollm2_tokenizer, config(tmp_path, loss="ce:1"), cache)([cache[3]])
     assert "teacher_probs_NK" not in batch
     assert "student_index_N" not in batch
 
@@ -92,19 +92,4 @@ def test_slow_tokenizers_and_caches_without_ids_are_refused(cache_path, smollm2_
     with pytest.raises(TokenizerError, match="fast"):
         DistillationCollator(ByT5Tokenizer(), config(tmp_path), cache)
     with pytest.raises(ConfigError, match="--k-ids"):
-        DistillationCollator(smollm2_tokenizer, config(tmp_path, mapped_weight=1), cache)
-
-
-def test_picked_logits_are_the_models_logits(student_path):
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(student_path, dtype=torch.float32)
-    inputs = {"input_ids": torch.randint(0, 1000, (3, 7)), "attention_mask": torch.ones(3, 7, dtype=torch.int64)}
-    index_R = torch.tensor([0, 5, 8, 20])
-    everything = model(**inputs).logits.flatten(0, 1)[index_R]
-    torch.testing.assert_close(picked_logits(model, model.get_output_embeddings(), inputs, index_R), everything)
-    torch.testing.assert_close(picked_logits(model, None, inputs, index_R), everything)
-    assert picked_logits(model, model.get_output_embeddings(), inputs, index_R[:0]).shape == (
-        0,
-        model.config.vocab_size,
-    )
+        DistillationCollator(smollm2_tokenizer, config(tmp_path, loss="mapped:1"), cache)

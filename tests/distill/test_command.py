@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from distill.checkpoint import RECORD, begin, last_whole_checkpoint, saving, write_record
 from distill.main import main
-from distill.train import load_model, load_tokenizer, make_config
+from distill.students import load_model, load_tokenizer
+from distill.train import make_config
 from storage_specs import open_cache
 from storage_specs.command_line import run
 from storage_specs.errors import (
@@ -66,7 +67,7 @@ def test_help_imports_nothing_heavy(arguments):
 
 def test_train_evaluate_and_train_again(cache_path, student_path, tmp_path, capsys):
     out = tmp_path / "student"
-    flags = command(cache_path, student_path, out, "--max_steps=3", "--mapped_weight", "0.5")
+    flags = command(cache_path, student_path, out, "--max_steps=3", "--loss", "ce:1,uld:1.5,mapped:0.5")
     assert main(flags) == 0
     text = capsys.readouterr().err
     assert "of the teacher's rows" in text
@@ -128,8 +129,8 @@ def test_a_slow_tokenizer_is_refused(cache_path, student_path, tmp_path, monkeyp
 
 def test_another_run_in_the_same_folder_is_refused(cache_path, student_path, tmp_path, capsys):
     assert main(command(cache_path, student_path, tmp_path, "--max_steps", "1")) == 0
-    with pytest.raises(CheckpointError, match=r"uld_weight 1\.5, now 0\.0"):
-        main(command(cache_path, student_path, tmp_path, "--max_steps", "1", "--uld_weight", "0"))
+    with pytest.raises(CheckpointError, match=r"loss 'ce:1,uld:1\.5', now 'ce:1'"):
+        main(command(cache_path, student_path, tmp_path, "--max_steps", "1", "--loss", "ce:1"))
 
 
 @pytest.mark.parametrize(

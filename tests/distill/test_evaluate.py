@@ -9,7 +9,8 @@ import torch
 from cache_making import tiny_student
 from transformers import AutoModelForCausalLM
 
-from distill.evaluate import Scores, evaluate, figures, score, shared_regions, table, teacher_scores, write_figures
+from distill.evaluate import evaluate, figures, table, write_figures
+from distill.scoring import Scores, score, shared_regions, teacher_scores
 from storage_specs import chat_document, completion_document, is_held_out, open_cache, render, text_document
 from storage_specs.errors import AlignmentError, ConfigError
 

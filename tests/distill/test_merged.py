@@ -135,7 +135,7 @@ def test_training_with_merge_is_its_definition_and_learns(cache_path, student_pa
 
 def test_merged_rows_have_no_words(tmp_path):
     with pytest.raises(ConfigError, match="--align boundary"):
-        config(tmp_path, align="merge", mapped_weight=1)
+        config(tmp_path, align="merge", loss="uld:1,mapped:1")
 
 
 @pytest.mark.parametrize("align", ["boundary", "merge"])

@@ -10,7 +10,8 @@ from real_pair import RealPair, teacher_rows
 from reference_losses import merged_rows, sorted_distance
 
 from distill.alignment import align
-from distill.losses import uld_loss
+from distill.hybrid import hybrid_loss
+from distill.losses import mapped_loss, uld_loss
 from storage_specs import byte_spans, completion_document
 
 IGNORED = -100
@@ -24,7 +25,7 @@ def trl_loss():
         warnings.simplefilter("ignore")
         from trl.experimental.gold.gold_trainer import ULDLoss
 
-    def make(extended, strategy):
+    def make(extended, strategy, **hybrid):
         config = SimpleNamespace(
             uld_crossentropy_weight=0.0,
             uld_distillation_weight=1.0,
@@ -34,8 +35,12 @@ def trl_loss():
             uld_skip_teacher_eos=False,
             use_extended_uld=extended,
             uld_token_merge_strategy=strategy,
+            uld_use_hybrid_loss=bool(hybrid),
+            uld_hybrid_matched_weight=1.0,
+            uld_hybrid_unmatched_weight=1.0,
+            beta=0.0,  # the forward KL
         )
-        return ULDLoss(config)
+        return ULDLoss(config, **hybrid)
 
     return make
 
@@ -146,6 +151,37 @@ def test_extended_on_a_byte_level_pair(trl_loss, wiki_texts, strategy, shift):
         reduction="none",
     )
     torch.testing.assert_close(ours_G, sorted_distance(*merged)[single], atol=1e-5, rtol=0)
+
+
+def test_hybrid_is_trls_where_the_cache_holds_everything(trl_loss):
+    """Whole rows with all ids: the same rests, the same sorted distance; their matched part is ours without its bucket
+    for the rest."""
+    teacher_words = ["the", "of", "a", "x1", "x2", "x3", "in", "x4", "is"]
+    student_words = ["y1", "is", "the", "y2", "in", "y3", "y4", "of", "y5", "y6", "y7"]
+    vocabularies = [
+        SimpleNamespace(get_vocab=lambda words=words: {word: n for n, word in enumerate(words)})
+        for words in (student_words, teacher_words)
+    ]
+    loss = trl_loss(False, "bayesian", student_tokenizer=vocabularies[0], teacher_tokenizer=vocabularies[1])
+    generator = torch.Generator().manual_seed(3)
+    teacher_NU = (2 * torch.randn(12, len(teacher_words), generator=generator, dtype=torch.float64)).softmax(1)
+    logits_NV = 2 * torch.randn(12, len(student_words), generator=generator, dtype=torch.float64)
+    logits_NV.requires_grad_()
+    theirs = loss._compute_hybrid_uld_loss(logits_NV.softmax(1), teacher_NU)
+    map_U = torch.tensor([student_words.index(w) if w in student_words else -1 for w in teacher_words])
+    probs_NU, ids_NU = teacher_NU.sort(dim=1, descending=True)
+    words_NU = map_U[ids_NU]
+    ours_, certificate = hybrid_loss(logits_NV, probs_NU, torch.zeros(12), words_NU)
+    torch.testing.assert_close(certificate.lower_N, certificate.upper_N)
+    rest_N = (probs_NU * (words_NU < 0)).sum(1)
+    left_N = 1 - logits_NV.softmax(1)[:, map_U[map_U >= 0]].sum(1)
+    bucket = (rest_N * (rest_N / left_N).log()).mean()
+    torch.testing.assert_close(ours_ - bucket, theirs, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        ours_ - mapped_loss(logits_NV, probs_NU, words_NU), loss.last_unmatched_loss, atol=1e-6, rtol=1e-6
+    )
+    gradients = [torch.autograd.grad(value, logits_NV)[0] for value in (ours_ - bucket, theirs)]
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
 
 
 def groups_between(student_ends, teacher_ends):

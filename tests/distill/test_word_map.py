@@ -5,9 +5,10 @@ import time
 import numpy as np
 import pytest
 
-from distill.word_map import NO_WORD, map_words
+from distill.word_map import NO_WORD, map_words, same_words
 from storage_specs import special_roles, token_bytes
-from storage_specs.vocabulary import token_with_role
+from storage_specs.errors import ConfigError
+from storage_specs.vocabulary import token_with_role, tokenizer_digest
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +66,35 @@ def test_shares(gemma_words):
     probs_NK = np.array([[0.5, 0.25, 0.25], [0.5, 0.25, 0.25]])
     assert gemma_words.mapped_mass(ids_NI, probs_NK) == pytest.approx(0.625)
     assert gemma_words.mapped_mass(ids_NI[:0], probs_NK[:0]) == 0
+
+
+def test_equal_bytes_keeps_whole_words_only(gemma_words, gemma_tokenizer, smollm2_tokenizer):
+    spelled, roles = token_bytes(gemma_tokenizer), special_roles(gemma_tokenizer)
+    equal = map_words(spelled, roles, smollm2_tokenizer, "equal_bytes")
+    of_student = token_bytes(smollm2_tokenizer)
+    kept = equal.words_U != NO_WORD
+    assert 0.1 < kept.mean() < gemma_words.mapped_ids
+    assert (equal.words_U[kept] == gemma_words.words_U[kept]).all()
+    for token_id in np.flatnonzero(kept).tolist()[::50]:
+        assert token_id in roles or of_student[equal.words_U[token_id]] == spelled[token_id]
+    for token_id in np.flatnonzero(~kept & (gemma_words.words_U != NO_WORD)).tolist()[::50]:
+        assert of_student[gemma_words.words_U[token_id]] != spelled[token_id]
+    with pytest.raises(ConfigError, match="first_token"):
+        map_words(spelled, roles, smollm2_tokenizer, "by_sound")
+
+
+def test_the_same_words_only_for_the_same_tokenizer(gemma_tokenizer, smollm2_tokenizer):
+    spelled = token_bytes(smollm2_tokenizer)
+    digest = tokenizer_digest(smollm2_tokenizer)
+    for teacher_digest, teacher_bytes in (
+        (digest, spelled),
+        ("another file of the same vocabulary", spelled),
+        (digest, [*spelled, None, None]),  # a model's vocabulary is often rounded up
+        (None, [*spelled, None]),
+    ):
+        words_U = same_words(teacher_digest, teacher_bytes, smollm2_tokenizer).words_U
+        assert words_U[: len(spelled)].tolist() == list(range(len(spelled)))
+        assert (words_U[len(spelled) :] == NO_WORD).all()
+    assert same_words(None, token_bytes(gemma_tokenizer), smollm2_tokenizer) is None
+    assert same_words(None, [*spelled[:-1], b"other"], smollm2_tokenizer) is None
+    assert same_words(None, [*spelled, b"one more"], smollm2_tokenizer) is None

@@ -30,7 +30,7 @@ def config(output_dir: Path, **options: Any) -> DistillationConfig:
 def trainer(cache_path: Path, student_path: Path, output_dir: Path, **options: Any) -> CachedDistillationTrainer:
     args = config(output_dir, **options)
     model = AutoModelForCausalLM.from_pretrained(student_path, dtype=torch.float32)
-    documents = CachedDocuments(cache_path, ids=args.mapped_weight > 0)
+    documents = CachedDocuments(cache_path, ids=args.mixture.needs_ids)
     return CachedDistillationTrainer(model, args, documents, load_tokenizer(student_path))
 
 

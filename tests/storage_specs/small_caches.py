@@ -77,7 +77,7 @@ def some_documents(count: int, *, seed: int = 0, words: int = 8, **shape: int) -
     documents = [random_document(random, kind=kinds[number % 3], words=words) for number in range(count)]
     cached = [with_rows(random, document, **shape) for document in documents]
     if count > 1:
-        empty = with_rows(random, text_document("x"), **shape)
+        empty = with_rows(random, text_document("x" * (seed + 1)), **shape)
         cached[1] = CachedDocument(**vars(empty) | {name: rows[:0] for name, rows in arrays_of(empty).items()})
     return cached
 

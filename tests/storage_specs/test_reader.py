@@ -248,7 +248,7 @@ def test_damaged_objects_raise_before_they_are_decoded(
 ) -> None:
     path, _ = fresh
     damage, error = DAMAGE[name]
-    table = table_from_object((path / "shards.parquet").read_bytes())
+    table = table_from_object((path / "shards.parquet").read_bytes(), 7)
     decodes = monkeypatch.setattr(f"storage_specs.{open_cache(path).manifest.store}_store.decode", None)
     assert decodes is None
     for stored in table.objects[0][:-1]:
@@ -274,7 +274,7 @@ def test_damaged_objects_raise_before_they_are_decoded(
 def test_random_access_reads_little_and_returns_nothing_damaged(fresh: tuple[Path, list[CachedDocument]]) -> None:
     """Each byte of the first shard flipped, object by object: one document read alone is right, or an error."""
     path, documents = fresh
-    table = table_from_object((path / "shards.parquet").read_bytes())
+    table = table_from_object((path / "shards.parquet").read_bytes(), len(documents))
     seen = {True: 0, False: 0}
     for stored in table.objects[0]:
         good = (path / stored.name).read_bytes()
@@ -327,7 +327,7 @@ def counting(read_range: Callable[..., bytes], asked: list[int]) -> Callable[...
 
 def test_swapped_shards_are_noticed(fresh: tuple[Path, list[CachedDocument]]) -> None:
     path, _ = fresh
-    table = table_from_object((path / "shards.parquet").read_bytes())
+    table = table_from_object((path / "shards.parquet").read_bytes(), 7)
     for first, second in zip(table.objects[0], table.objects[1], strict=True):
         if (path / first.name).read_bytes() == (path / second.name).read_bytes():
             continue
@@ -422,7 +422,7 @@ def test_a_shard_of_another_cache_that_verifies_is_malformed(tmp_path: Path) -> 
     data = (tmp_path / "two" / name).read_bytes()
     (tmp_path / "one" / name).write_bytes(data)
     cache = open_cache(tmp_path / "one")
-    cache.table.__dict__["objects"] = ((StoredObject.of(name, data),),)
+    cache.table.__dict__["objects"] = ((StoredObject.of(name, data), cache.table.objects[0][-1]),)
     with pytest.raises(MalformedObjectError, match=r"shards/000000: .*expected"):
         cache.streamed(0)
 

@@ -4,6 +4,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -32,11 +33,18 @@ def reader_of(store: str) -> Callable:
 
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize(
-    ("profile", "k", "k_ids"), [("exact", 8, 4), ("half", 8, 0), ("compact", 8, 4), ("compact", 40, 4)]
+    ("profile", "k", "k_ids"),
+    [("exact", 8, 4), ("half", 8, 0), ("compact", 8, 4), ("compact", 40, 4), ("sketch", 8, 4)],
 )
 def test_the_readers_of_the_spec_read_every_shard(tmp_path: Path, store: str, profile: str, k: int, k_ids: int) -> None:
     documents = some_documents(7, k=k, k_ids=k_ids)
-    manifest = write_cache(tmp_path, documents, some_settings(store, k=k, k_ids=k_ids, profile=profile))
+    parameters = {}
+    if profile == "sketch":
+        parameters = {"rank_edges": [k, 20, 80, 300]}
+        shares = np.array([0.7, 0.3, 0], np.float32)
+        documents = [replace(document, tail_bins=document.tail_mass[:, None] * shares) for document in documents]
+    settings = some_settings(store, k=k, k_ids=k_ids, profile=profile, parameters=parameters)
+    manifest = write_cache(tmp_path, documents, settings)
     suffix = {"zarr": ".zarr", "arrow": ".parquet"}[store]
     read_shard = reader_of(store)
     paths = [str(tmp_path / f"shards/{shard:06d}{suffix}") for shard in range(3)]
@@ -49,6 +57,7 @@ def test_the_readers_of_the_spec_read_every_shard(tmp_path: Path, store: str, pr
         for name in ("segment", "byte_start", "byte_end", "is_end", "gold_logprob", "tail_mass"):
             assert np.array_equal(document[name], getattr(expected, name)), name
         assert np.array_equal(document["probs"], expected.probs)
+        assert profile != "sketch" or np.array_equal(np.float32(document["tail_bins"]), expected.tail_bins)
         assert k_ids == 0 or np.array_equal(document["token_ids"], expected.token_ids)
 
 

@@ -194,8 +194,8 @@ def test_rules_are_checked_on_what_was_decoded(store: str) -> None:
     def forged(**arrays: np.ndarray) -> StoredShard:
         return there_and_back(store, replace(shard, arrays=shard.arrays | arrays))
 
-    with pytest.raises(ValueError, match="not sorted"):
-        row_coding.decode(forged(probs=shard.arrays["probs"][:, ::-1].copy()), SHAPE)
+    with pytest.raises(ValueError, match="above 1"):
+        row_coding.decode(forged(prob_drops=shard.arrays["prob_drops"] + np.uint16(0x3C00)), SHAPE)
     for codes, message in ((shard.arrays["id_high"] + np.uint16(2), "of .* words"), (shard.arrays["id_high"], "first")):
         low = shard.arrays["id_low"] if message != "first" else np.zeros_like(shard.arrays["id_low"])
         with pytest.raises(ValueError, match=message):
@@ -269,7 +269,7 @@ def test_zarr_inner_checksums_see_a_flip() -> None:
 def test_zarr_claims_are_checked_before_anything_is_allocated() -> None:
     """A blosc header, a chunk grid or an index that lies, under checksums that fit."""
     shard = stored(some_documents(3))
-    contents, name = encoded("zarr", shard), f"{STEM}.zarr/probs"
+    contents, name = encoded("zarr", shard), f"{STEM}.zarr/prob_drops"
     data = bytearray(contents[f"{name}/c/0/0"])
     size = struct.unpack("<Q", data[-12:-4])[0]
 
@@ -326,7 +326,7 @@ def test_parquet_has_list_columns_and_page_checksums() -> None:
     data = contents[f"{STEM}.parquet"]
     table = pq.read_table(pa.BufferReader(data))
     assert table.num_rows == 3
-    assert table.schema.field("probs").type == pa.list_(pa.float16())
+    assert table.schema.field("prob_drops").type == pa.list_(pa.binary(16))
     assert table["text"].to_pylist() == [document.text for document in shard.documents]
     metadata = pq.ParquetFile(pa.BufferReader(data)).metadata
     chunks = [metadata.row_group(0).column(number) for number in range(metadata.num_columns)]
@@ -355,7 +355,7 @@ def test_parquet_nulls_are_refused() -> None:
         index = table.schema.get_field_index(column)
         return table.set_column(index, column, pa.array(values, table.schema.field(column).type))
 
-    for column in ("gap", "gold_steps", "probs", "is_end", "text", "messages"):
+    for column in ("gap", "gold_steps", "prob_drops", "is_end", "text", "messages"):
         forged = rewritten(contents, f"{STEM}.parquet", partial(with_null, column=column))
         with pytest.raises((ValueError, TypeError, AttributeError)):
             decoded("arrow", forged, shard.size)
@@ -364,6 +364,6 @@ def test_parquet_nulls_are_refused() -> None:
 def test_parquet_with_other_columns_is_refused() -> None:
     shard = stored(some_documents(3))
     contents = encoded("arrow", shard)
-    for change in (lambda t: t.drop_columns(["probs"]), lambda t: t.append_column("more", pa.array([1, 2, 3]))):
+    for change in (lambda t: t.drop_columns(["prob_drops"]), lambda t: t.append_column("more", pa.array([1, 2, 3]))):
         with pytest.raises(ValueError, match="its columns are"):
             decoded("arrow", rewritten(contents, f"{STEM}.parquet", change), shard.size)

@@ -208,9 +208,9 @@ def test_shards_that_break_the_rules_are_detected(tmp_path: Path, store: str) ->
     documents, settings = some_documents(3, words=4, vocab_size=40), some_settings(store, vocab_size=40)
     shard, _ = row_coding.encode(columns_of(documents, SHAPE), SHAPE)
     write_cache(tmp_path, documents, settings)
-    flipped = shard.arrays | {"probs": np.flip(shard.arrays["probs"], 1).copy()}
+    flipped = shard.arrays | {"prob_drops": shard.arrays["prob_drops"] + np.uint16(0x3C00)}
     forge(tmp_path, settings, documents, replace(shard, arrays=flipped))
     for read in (lambda cache: cache[0], lambda cache: cache.streamed(0)):
-        with pytest.raises(TeachOnceError, match="shards/000000: ValueError: probabilities of a row are not sorted"):
+        with pytest.raises(TeachOnceError, match="shards/000000: ValueError: a probability is above 1"):
             read(open_cache(tmp_path))
-    assert any("not sorted" in line for line in verify_cache(tmp_path).problems)
+    assert any("above 1" in line for line in verify_cache(tmp_path).problems)

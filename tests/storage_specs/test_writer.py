@@ -6,9 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_caches import STORES, begun, files_of, some_documents, some_settings, some_vocabulary, write_cache
+from small_caches import (
+    STORES,
+    assert_stored,
+    begun,
+    files_of,
+    some_documents,
+    some_settings,
+    some_vocabulary,
+    write_cache,
+)
 
-from storage_specs import CacheWriter, open_cache
+from storage_specs import CacheWriter, open_cache, verify_cache
 from storage_specs.document import is_held_out
 from storage_specs.errors import (
     CacheMismatchError,
@@ -17,7 +26,6 @@ from storage_specs.errors import (
     CorruptCacheError,
     IncompleteCacheError,
     InvalidDocumentError,
-    MissingObjectError,
     NotACacheError,
     OutputFolderError,
 )
@@ -139,20 +147,36 @@ def test_a_finished_cache_stays_as_it_is(tmp_path: Path) -> None:
         writer.missing_shards()
 
 
-def test_the_remedy_for_a_damaged_cache_works(tmp_path: Path) -> None:
-    """Deleting manifest.json and building again redoes the damaged shard only."""
+def test_nothing_is_claimed_before_the_first_shard(tmp_path: Path) -> None:
+    """A build that failed before its first shard does not refuse the next one, of other settings."""
     documents, settings = some_documents(7), some_settings()
-    write_cache(tmp_path, documents, settings)
-    before = files_of(tmp_path)
-    (tmp_path / "shards/000001.zarr/probs/c/0/0").unlink()
-    with pytest.raises(MissingObjectError, match=r"delete manifest\.json and run the same `cache-builder build`"):
-        open_cache(tmp_path)[4]
+    plan = make_plan(documents, 3)
+    assert CacheWriter(tmp_path / "cache", settings, plan).missing_shards() == [0, 1, 2]
+    assert files_of(tmp_path / "cache") == {}
+    late = CacheWriter(tmp_path / "cache", settings, plan)
+    other = replace(settings, teacher={"name": "other"})
+    CacheWriter(tmp_path / "cache", other, plan).write_shard(2, documents[6:])
+    before = files_of(tmp_path / "cache")
+    assert {"plan.json", "shards/000002.json", "vocabulary.parquet"} <= before.keys()
+    with pytest.raises(CacheMismatchError, match=r"teacher\.name: 'other'"):
+        late.write_shard(0, documents[:3])
+    assert files_of(tmp_path / "cache") == before
+
+
+def test_a_shard_that_another_builder_wrote_over_is_read_again(tmp_path: Path) -> None:
+    """Two builders of one cache whose teachers do not compute bit for bit: what is named is what lies there."""
+    writer, documents, settings, plan = begun(tmp_path, shards=3)
+    other = [replace(item, gold_logprob=item.gold_logprob - 1) for item in documents[:3]]
+    (tmp_path / "shards/000000.json").unlink()  # as where there are no locks, and both write at once
+    CacheWriter(tmp_path, settings, plan).write_shard(0, other)
+    manifest = writer.finalize()
+    assert verify_cache(tmp_path).ok
+    assert_stored(other[0], open_cache(tmp_path)[0])
+    assert manifest == open_cache(tmp_path).manifest
     (tmp_path / "manifest.json").unlink()
-    writer = CacheWriter(tmp_path, settings, make_plan(documents, 3))
-    assert writer.missing_shards() == [1]
-    writer.write_shard(1, documents[3:6])
-    writer.finalize()
-    assert files_of(tmp_path) == before
+    (tmp_path / "shards/000002.json").unlink()
+    with pytest.raises(IncompleteCacheError, match="1 of 3 shards are missing"):
+        writer.finalize()
 
 
 @pytest.mark.parametrize(
@@ -262,7 +286,7 @@ def test_finishing_by_hand(tmp_path: Path) -> None:
         with pytest.raises(CorruptCacheError, match=r"vocabulary\.parquet"):
             finalize_cache(tmp_path / "cache")
     assert not (tmp_path / "cache/manifest.json").exists()
-    CacheWriter(tmp_path / "cache", settings, plan)  # puts it back
+    CacheWriter(tmp_path / "cache", settings, plan).claim()  # puts it back
     finalize_cache(tmp_path / "cache")
     write_cache(tmp_path / "whole", documents, settings)
     assert files_of(tmp_path / "cache") == files_of(tmp_path / "whole")

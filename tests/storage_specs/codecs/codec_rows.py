@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from storage_specs.codecs import Codec, RowValues, encode_measured
 from storage_specs.codecs.base import DECODED_TOLERANCE
+from storage_specs.sketch import bin_masses, log_rank_edges
 
 # weights of 1 to 4 rows over up to 40 words, and k
 WEIGHTS = st.integers(1, 40).flatmap(
@@ -52,9 +53,27 @@ def one_row(head: list[float], tail: float) -> RowValues:
 
 def teacher_rows(rows: int, k: int, vocab_size: int = 4000, seed: int = 0) -> RowValues:
     """Rows of a softmax over normal logits of varying temperature: from certain to nearly uniform."""
+    return sorted_rows(distributions(rows, vocab_size, seed).tolist(), k)
+
+
+def distributions(rows: int, vocab_size: int, seed: int = 0) -> np.ndarray:
+    """(rows, vocab_size) float64, sorted descending, of all temperatures."""
     random = np.random.default_rng(seed)
     logits_NV = random.normal(size=(rows, vocab_size)) * random.uniform(0.5, 6, size=(rows, 1))
-    return sorted_rows(np.exp(logits_NV - logits_NV.max(axis=1, keepdims=True)).tolist(), k)
+    weights_NV = np.exp(logits_NV - logits_NV.max(axis=1, keepdims=True))
+    return -np.sort(-weights_NV / weights_NV.sum(axis=1, keepdims=True), axis=1)
+
+
+def sketch_rows(rows: int, k: int, vocab_size: int = 4000, bins: int = 20) -> RowValues:
+    return sketched(distributions(rows, vocab_size), log_rank_edges(k, vocab_size, bins))
+
+
+def sketched(sorted_NV: np.ndarray, rank_edges: np.ndarray) -> RowValues:
+    """Head and bins of whole sorted distributions."""
+    probs_NK = sorted_NV[:, : rank_edges[0]].astype(np.float32)
+    tail_N = np.clip(1 - probs_NK.sum(axis=1, dtype=np.float64), 0, 1).astype(np.float32)
+    bins_NJ = bin_masses(sorted_NV, rank_edges).astype(np.float32)
+    return RowValues(probs=probs_NK, tail_mass=tail_N, tail_bins=bins_NJ)
 
 
 def assert_promises(codec: Codec, values: RowValues) -> RowValues:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage_specs.codecs import Codec, RowValues, codec_of, encode_measured
-from storage_specs.codecs.compact import apportion
+from storage_specs.codecs.steps import apportion
 from storage_specs.errors import ConfigError
 
 

@@ -58,16 +58,24 @@ def test_bad_stored_values_are_seen() -> None:
         codec_of("exact", k=4),
         teacher_rows(5, 4),
         {
-            "negative": (put("probs", (2, 3), -1e-9), "negative"),
+            "not a number": (put("prob_drops", (2, 3), 0x7FC00000), "not a number"),
+            "infinite": (put("prob_drops", (2, 0), 0x7F800000), "above 1"),
+            "negative": (put("prob_drops", (2, 3), 0x80000001), "above 1"),
+            "a sum beyond 32 bits": (put("prob_drops", slice(None), 0xFFFFFFFF), "above 1"),
             "negative tail": (put("tail_mass", 2, -1e-9), "negative"),
-            "nan at the end": (put("probs", (2, 3), np.nan), "not a number"),
-            "nan inside": (put("probs", (2, 1), np.nan), "not sorted"),
             "nan tail": (put("tail_mass", 4, np.nan), "not a number"),
-            "infinite": (put("probs", (2, 0), np.inf), "do not sum to 1"),
-            "unsorted": (put("probs", (4, 1), 2.0), "not sorted"),
+            "infinite tail": (put("tail_mass", 4, np.inf), "do not sum to 1"),
             "too much": (put("tail_mass", 0, 1.1), "do not sum to 1"),
+            "too little": (put("prob_drops", (1, slice(None)), 0), "do not sum to 1"),
         },
     )
+
+
+def test_golden_bytes() -> None:
+    """0.75, 0.25 and no tail: bits 3f400000 and 3e800000."""
+    arrays = codec_of("exact", k=2).encode(one_row([0.75, 0.25], 0.0))
+    assert arrays["prob_drops"].tobytes().hex() == "0000c000" + "0000803e"
+    assert arrays["tail_mass"].tobytes().hex() == "00000000"
 
 
 def test_values_are_copies() -> None:
@@ -75,6 +83,5 @@ def test_values_are_copies() -> None:
     arrays = codec.encode(values)
     codec.decode(arrays).probs[...] = 0
     codec.decode(arrays).tail_mass[...] = 0
-    assert arrays["probs"].tobytes() == values.probs.tobytes()
-    arrays["probs"][...] = 0
-    assert values.probs.any()
+    assert codec.decode(arrays).probs.tobytes() == values.probs.tobytes()
+    assert codec.decode(arrays).tail_mass.tobytes() == values.tail_mass.tobytes()

@@ -1,7 +1,7 @@
 """Where records come from: files, folders, saved `datasets` folders and `datasets` hub names.
 
 A record is a flat mapping of a line, a row or a whole text file, with the place it came from, for error messages.
-What the fields mean is `cache_builder.corpus`'s business.
+What the fields mean is `storage_specs.corpus`'s business.
 """
 
 import gzip

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cache_builder.corpus import read_corpus
+from storage_specs.corpus import read_corpus
 from storage_specs.document import chat_document, completion_document, text_document
 from storage_specs.errors import ConfigError, CorpusError
 

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from cache_builder.records import Record, read_records
 from storage_specs.document import (
     KINDS,
     Document,
@@ -24,6 +23,7 @@ from storage_specs.document import (
     text_document,
 )
 from storage_specs.errors import ConfigError, CorpusError
+from storage_specs.records import Record, read_records
 
 FIELDS_OF_KIND = {"chat": ("messages",), "completion": ("prompt", "completion"), "text": ("text",)}
 
@@ -76,15 +76,15 @@ def document_of(
     if missing:
         raise CorpusError(f"corpus {record.place}: a {kind} record needs the field {missing[0]!r}")
     values = [record.fields[name] for name in FIELDS_OF_KIND[kind]]
-    metadata = _metadata(record, FIELDS_OF_KIND[kind], set() if left_out is None else left_out)
+    metadata = metadata_of(record, FIELDS_OF_KIND[kind], set() if left_out is None else left_out)
     if record.fields.get("tools"):
         raise CorpusError(f"corpus {record.place}: `tools` are not rendered; write them into a system message instead")
     if kind == "chat":
-        return chat_document(_conversation(values[0], record.place, "messages"), metadata, score_roles)
+        return chat_document(conversation_of(values[0], record.place, "messages"), metadata, score_roles)
     if kind == "completion" and isinstance(values[0], list) and isinstance(values[1], list):
         return _chat_completion(*values, record.place, metadata, score_roles)
     for name, value in zip(FIELDS_OF_KIND[kind], values, strict=True):
-        _require_text(value, record.place, name)
+        require_text(value, record.place, name)
     return completion_document(*values, metadata) if kind == "completion" else text_document(values[0], metadata)
 
 
@@ -98,7 +98,7 @@ def _kind(record: Record) -> str:
     )
 
 
-def _require_text(value: Any, place: str, name: str) -> None:
+def require_text(value: Any, place: str, name: str) -> None:
     if not isinstance(value, str):
         raise CorpusError(f"corpus {place}: {name} must be a string, found {type(value).__name__}")
     try:
@@ -110,7 +110,7 @@ def _require_text(value: Any, place: str, name: str) -> None:
         ) from None
 
 
-def _conversation(turns: Any, place: str, name: str) -> list[dict[str, Any]]:
+def conversation_of(turns: Any, place: str, name: str) -> list[dict[str, Any]]:
     """The turns of a chat, checked; keys whose value is None (Arrow's fill for absent keys) are dropped."""
     if not isinstance(turns, list) or not turns:
         raise CorpusError(f"corpus {place}: {name} must be a list of messages, found {_short(turns)}")
@@ -120,9 +120,9 @@ def _conversation(turns: Any, place: str, name: str) -> list[dict[str, Any]]:
         if not isinstance(turn, dict):
             raise CorpusError(f"corpus {place}: {where} must be an object with role and content, found {_short(turn)}")
         turn = {key: value for key, value in turn.items() if value is not None}
-        _require_text(turn.get("role"), place, f"{where}.role")
+        require_text(turn.get("role"), place, f"{where}.role")
         if "content" in turn or "tool_calls" not in turn:
-            _require_text(turn.get("content"), place, f"{where}.content")
+            require_text(turn.get("content"), place, f"{where}.content")
         try:
             canonical_json(turn)
         except (TypeError, ValueError) as error:
@@ -135,8 +135,8 @@ def _chat_completion(
     prompt: Any, completion: Any, place: str, metadata: dict[str, Any], score_roles: Collection[str]
 ) -> Document:
     """A conversational prompt is only read, whatever assistant turns it has."""
-    before = _conversation(prompt, place, "prompt")
-    document = chat_document(before + _conversation(completion, place, "completion"), metadata, score_roles)
+    before = conversation_of(prompt, place, "prompt")
+    document = chat_document(before + conversation_of(completion, place, "completion"), metadata, score_roles)
     messages = tuple(
         dataclasses.replace(message, scored=message.scored and number >= len(before))
         for number, message in enumerate(document.messages)
@@ -144,7 +144,7 @@ def _chat_completion(
     return dataclasses.replace(document, messages=messages)
 
 
-def _metadata(record: Record, used: tuple[str, ...], left_out: set[str]) -> dict[str, Any]:
+def metadata_of(record: Record, used: tuple[str, ...], left_out: set[str]) -> dict[str, Any]:
     metadata = {}
     for name, value in record.fields.items():
         if name in used or value is None:

@@ -1,0 +1,146 @@
+"""Replicas of the teacher on one machine: a process each, with GPUs of its own where there are any.
+
+A replica is told its shards through a pipe and answers with what it did. When the parent is gone the pipe ends, and
+the replica with it, after the shard that it is at.
+"""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from cache_builder.pipeline import Job
+from cache_builder.progress import Progress, Work
+from cache_builder.shard_worker import Recipe, ShardWorker
+from storage_specs.errors import ConfigError, EngineError, TeachOnceError
+
+PATIENCE = 15.0  # seconds for a replica to leave, its engine's own processes included, before it is killed
+
+
+@contextmanager
+def replicas(recipe: Recipe, size: int, gpus: int) -> Iterator["ReplicaPool"]:
+    """`size` replicas with `gpus` GPUs each, gone afterwards. Raises ConfigError where there are not enough GPUs."""
+    pool = ReplicaPool(recipe, size, gpus)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+class ReplicaPool:
+    """A `dispatch.Pool` of processes."""
+
+    def __init__(self, recipe: Recipe, size: int, gpus: int) -> None:
+        self.size = size
+        self.news: list[tuple[int, int | None, Work | Exception]] = []
+        self.pipes: dict[Connection, int] = {}
+        self.processes: list[Any] = []
+        spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used CUDA or threads is not safe
+        for worker, devices in enumerate(_devices(size, gpus)):
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=_replica, args=(theirs, recipe), name=f"replica-{worker}")
+            with _environment(devices):
+                process.start()
+            theirs.close()
+            self.pipes[ours] = worker
+            self.processes.append(process)
+
+    def start(self, worker: int, job: Job) -> None:
+        pipe = next((pipe for pipe, number in self.pipes.items() if number == worker), None)
+        try:
+            if pipe is not None:
+                pipe.send(job)
+        except OSError:
+            pass  # it has died: its pipe, at its end, says so to `wait`
+
+    def wait(self) -> tuple[int, int | None, Work | Exception]:
+        while not self.news:
+            for pipe in wait(list(self.pipes)):
+                worker = self.pipes[pipe]
+                try:
+                    self.news.append((worker, *pipe.recv()))
+                except (EOFError, OSError):
+                    del self.pipes[pipe]
+                    self.processes[worker].join(PATIENCE)
+                    code = self.processes[worker].exitcode
+                    self.news.append((worker, None, EngineError(f"replica {worker} died with exit code {code}")))
+        return self.news.pop(0)
+
+    def close(self) -> None:
+        """End all replicas, in order where they have nothing to do, else in the middle of what they do."""
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(0.5)
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGINT)
+        for process in self.processes:
+            process.join(PATIENCE)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+class _Jobs:
+    """What has come through the pipe. It ends where nothing has come yet, and may go on later."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe = pipe
+
+    def __iter__(self) -> "_Jobs":
+        return self
+
+    def __next__(self) -> Job:
+        if not self.pipe.poll():
+            raise StopIteration
+        return self.pipe.recv()
+
+
+def _replica(pipe: Connection, recipe: Recipe) -> None:
+    """A replica's whole life. Errors travel as exceptions; a lost parent or Ctrl-C end it quietly."""
+    try:
+        worker = ShardWorker(recipe)
+        while True:
+            pipe.poll(None)
+            worker.run(_Jobs(pipe), lambda shard, work: pipe.send((shard, work)), Progress(0, 0, 0))
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        return
+    except TeachOnceError as error:
+        pipe.send((None, error))
+    except Exception as error:  # a bug, or what an engine raises past its own nets: the other replicas go on
+        pipe.send((None, EngineError(f"a replica failed: {type(error).__name__}: {error}")))
+
+
+def _devices(size: int, gpus: int) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES of every replica: consecutive slices of the parent's; None where there is no GPU."""
+    from cache_builder.engines import gpu_count
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = gpu_count()
+    if not found:
+        return [None] * size
+    names = [name.strip() for name in visible.split(",")][:found] if visible else list(map(str, range(found)))
+    if len(names) < size * gpus:
+        raise ConfigError(
+            f"data_parallel_size is {size} with {gpus} GPUs each, but {len(names)} GPUs are visible: lower it, or "
+            "lower tensor_parallel_size or pipeline_parallel_size"
+        )
+    return [",".join(names[worker * gpus : (worker + 1) * gpus]) for worker in range(size)]
+
+
+@contextmanager
+def _environment(devices: str | None) -> Iterator[None]:
+    """What a process started inside inherits."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    try:
+        yield
+    finally:
+        if devices is not None:
+            os.environ.pop("CUDA_VISIBLE_DEVICES")
+            if before is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = before

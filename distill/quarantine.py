@@ -1,0 +1,50 @@
+"""Shards that broke while a run was reading them: what `--on_corrupt quarantine` lost, document by document."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+NAME = "quarantine.jsonl"
+
+
+class Quarantine:
+    """The shards that a run leaves out, kept in `quarantine.jsonl` of its output folder, a line for each.
+
+    A line: {"shard", "epoch" (from which on its documents are missing), "error", "documents": [[doc_id, rows], ...]}.
+    A resumed run leaves the same shards out from its first batch on. Ranks append to one file, so two that met the same
+    broken shard write its line twice.
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        self.path = output_dir / NAME
+        self._lock = Lock()
+        self._lines: dict[int, dict[str, Any]] = {}
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf8").splitlines():
+                self._lines.setdefault((value := json.loads(line))["shard"], value)
+
+    def __contains__(self, shard: int) -> bool:
+        return shard in self._lines
+
+    def add(self, shard: int, epoch: int, error: Exception, documents: Iterable[tuple[str, int]]) -> None:
+        """Leave a shard out from now on; documents: id and rows of all that are lost to training."""
+        line = {
+            "shard": shard,
+            "epoch": epoch,
+            "error": f"{type(error).__name__}: {error}",
+            "documents": [[doc_id, int(rows)] for doc_id, rows in documents],
+        }
+        with self._lock:
+            self._lines[shard] = line
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf8") as file:  # one short write: whole lines, whoever else appends
+                file.write(json.dumps(line) + "\n")
+
+    def summary(self) -> dict[str, Any] | None:
+        """{"file", "shards", "documents", "rows"} lost, or None."""
+        if not self._lines:
+            return None
+        rows = [rows for line in self._lines.values() for _, rows in line["documents"]]
+        return {"file": NAME, "shards": sorted(self._lines), "documents": len(rows), "rows": sum(rows)}

@@ -1,0 +1,348 @@
+"""SIGKILL builds at random moments of every phase, resume them, and compare with a build that nobody disturbed.
+
+    python scripts/nightly_kills.py --trials 60                  # a piece of some minutes; pieces add up in the CSV
+    python scripts/nightly_kills.py --trials 2 --teacher gemma   # the real Gemma-3-270M instead of a small random model
+
+The teacher is a random model of two layers under Gemma's real tokenizer (262,144 words), scored by the transformers
+engine. Every trial is a forked process, in which nothing is left to import; so is every resumption. A first,
+undisturbed build tells when each phase begins and how long it lasts. A trial draws a phase, a random moment of all the
+time spent in it, waits until the phase is there, sleeps the rest, and sends SIGKILL. Counted is the phase in which the
+signal really came: the process notes it in shared memory.
+
+    plan      corpus, teacher, settings, what is there already; and plan.json
+    score     the teacher at work
+    encode    a scored shard becomes bytes
+    commit    these are written, the commit record last
+    manifest  shards.parquet, documents.parquet, manifest.json
+
+In every other trial `gc` runs before the resumption and removes what the killed process left. The resumed folder must
+be byte for byte the undisturbed one, and hold nothing else.
+"""
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import json
+import mmap
+import os
+import platform
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from functools import cache, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import demo_assets
+import pyarrow
+import torch
+import transformers
+
+from cache_builder import builder
+from cache_builder.builder import BuildConfig, build
+from cache_builder.shard_worker import ShardWorker
+from cache_builder.teacher import Teacher
+from storage_specs import planned_cache, writer
+from storage_specs.errors import NotACacheError
+from storage_specs.garbage import collect_garbage
+from storage_specs.planned_cache import PlannedCache
+from storage_specs.vocabulary_table import vocabulary_to_bytes
+
+PHASES = ("plan", "score", "encode", "commit", "manifest")
+SHARDS, DOCUMENTS_PER_SHARD, CHARACTERS = 3, 2, 200
+PATIENCE = 120.0  # seconds, for a machine that does other things, too
+
+
+class Clock:
+    """Shared memory of a build and its killer: the phase that the build is in, and how often each has begun."""
+
+    def __init__(self) -> None:
+        self.memory = mmap.mmap(-1, 1 + len(PHASES))
+
+    def reset(self) -> None:
+        self.memory[:] = bytes(len(self.memory))
+
+    @property
+    def phase(self) -> str:
+        return PHASES[self.memory[0]]
+
+    def begun(self, phase: str) -> int:
+        """How often the phase has begun."""
+        return self.memory[1 + PHASES.index(phase)]
+
+    def enter(self, phase: str) -> None:
+        number = PHASES.index(phase)
+        self.memory[0] = number
+        self.memory[1 + number] += 1
+
+
+class Watched:
+    """In the forked process: tells the clock which phase begins, and notes when each began and ended."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.stack = clock, []
+        self.spans: list[tuple[str, float, float]] = []
+        self.enter("plan")
+
+    def enter(self, phase: str) -> None:
+        self.stack.append((phase, time.monotonic()))
+        self.clock.enter(phase)
+
+    def leave(self) -> None:
+        phase, started = self.stack.pop()
+        self.spans.append((phase, started, time.monotonic()))
+        if self.stack:
+            self.clock.memory[0] = PHASES.index(self.stack[-1][0])
+
+    def wrap(self, place: Any, name: str, phase: str) -> None:
+        """Every call of a function is one stretch of the phase."""
+        real = getattr(place, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.enter(phase)
+            try:
+                return real(*arguments, **options)
+            finally:
+                self.leave()
+
+        setattr(place, name, call)
+
+    def everything(self) -> None:
+        self.wrap(ShardWorker, "cached", "score")
+        self.wrap(writer, "encoded_shard", "encode")
+        self.wrap(PlannedCache, "commit_shard", "commit")
+        self.wrap(PlannedCache, "claim", "plan")
+        self.wrap(planned_cache, "commit", "manifest")
+
+
+def forked(work: Callable[[], Any], kill: Callable[[int], None] | None = None) -> Any:
+    """What `work` returns in a forked process, by way of JSON; None where it was killed. Raises RuntimeError."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        os.close(reading)
+        try:
+            with open(os.devnull, "w") as quiet:
+                sys.stderr = quiet
+                result = work()
+            os.write(writing, json.dumps(result).encode())
+        except BaseException:
+            os.write(writing, json.dumps({"error": traceback.format_exc()}).encode())
+        os._exit(0)
+    os.close(writing)
+    if kill is not None:
+        kill(process)
+    with open(reading, "rb") as pipe:
+        told = pipe.read()
+    _, status = os.waitpid(process, 0)
+    if os.WIFSIGNALED(status):
+        return None
+    result = json.loads(told)
+    if isinstance(result, dict) and "error" in result:
+        raise RuntimeError(result["error"])
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Trials:
+    """Kills and resumes one build, over and over. `spans`: (phase, its how-manieth beginning, seconds) of one build."""
+
+    config: BuildConfig
+    folder: Path
+    whole: dict[str, str]
+    spans: tuple[tuple[str, int, float], ...]
+    clock: Clock
+
+    @classmethod
+    def of(cls, config: BuildConfig, folder: Path) -> "Trials":
+        """Builds once undisturbed, and once more to time the phases."""
+        clock = Clock()
+        forked(partial(_build, config, folder / "whole", clock))
+        spans = forked(partial(_build, config, folder / "timed", clock))
+        counted: Counter[str] = Counter()
+        numbered = []
+        for phase, started, ended in sorted(spans, key=lambda span: span[1]):
+            counted[phase] += 1
+            numbered.append((phase, counted[phase], ended - started))
+        whole = digests(folder / "whole")
+        if digests(folder / "timed") != whole:
+            raise RuntimeError("two undisturbed builds differ: there is nothing to compare with")
+        return cls(config=config, folder=folder, whole=whole, spans=tuple(numbered), clock=clock)
+
+    def moment(self, chance: random.Random, phase: str) -> tuple[int, float]:
+        """(how-manieth beginning, seconds after it) of a random moment of all the time that the phase takes."""
+        spans = [(number, seconds) for name, number, seconds in self.spans if name == phase]
+        number, seconds = chance.choices(spans, weights=[seconds for _, seconds in spans])[0]
+        return number, chance.uniform(0, seconds)
+
+    def trial(self, chance: random.Random, phase: str, clean: bool) -> dict[str, Any]:
+        """{"hit": the phase that was killed or "none", "same": bool, "orphans": objects that gc removed, or None}."""
+        output = self.folder / "trial"
+        number, delay = self.moment(chance, phase)
+        self.clock.reset()
+
+        def kill(process: int) -> None:
+            deadline = time.monotonic() + PATIENCE
+            while self.clock.begun(phase) < number and time.monotonic() < deadline:
+                time.sleep(0.0001)
+            time.sleep(delay)
+            os.kill(process, signal.SIGKILL)
+
+        survived = forked(partial(_build, self.config, output, self.clock), kill) is not None
+        hit, orphans = "none" if survived else self.clock.phase, None
+        if clean:
+            try:
+                orphans = len(forked(partial(_clean, output)))
+            except RuntimeError as error:
+                if NotACacheError.__name__ not in str(error):  # killed before plan.json stood
+                    raise
+                orphans = 0
+        forked(partial(_build, self.config, output, self.clock))
+        same = digests(output) == self.whole
+        if same:
+            shutil.rmtree(output)
+        else:
+            output.rename(self.folder / f"different-{time.monotonic_ns()}")
+        return {"hit": hit, "same": same, "orphans": orphans}
+
+    def run(self, trials: int, seed: int, told: Callable[[dict[str, Any]], None]) -> list[dict[str, Any]]:
+        """Trials that aim at each phase in turn; every other one of each phase runs gc."""
+        chance, found = random.Random(seed), []
+        for number in range(trials):
+            result = self.trial(chance, PHASES[number % len(PHASES)], clean=number // len(PHASES) % 2 == 1)
+            found.append(result)
+            told(result)
+        return found
+
+
+def _build(config: BuildConfig, output: Path, clock: Clock) -> list[tuple[str, float, float]]:
+    watched = Watched(clock)
+    watched.everything()
+    build(dataclasses.replace(config, output=output))
+    watched.leave()
+    total = watched.spans.pop()  # the outermost: before the first shard it is what `plan` has beside claiming
+    inner = [started for _, started, _ in watched.spans]
+    return [(total[0], total[1], min(inner, default=total[2])), *watched.spans]
+
+
+def _clean(output: Path) -> list[str]:
+    return [name for name, _ in collect_garbage(output, grace=0).removable]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file, by its name."""
+    return {
+        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def make_teacher(folder: Path) -> Path:
+    """A random Llama of two layers with Gemma's tokenizer, as an ordinary Hugging Face folder."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=262144,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+        bos_token_id=2,
+        eos_token_id=1,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    for file in demo_assets.gemma_path().glob("*token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def prepare(folder: Path, teacher: str, store: str) -> BuildConfig:
+    """The build that is killed; what it reads is made, and what costs a start is loaded, before anything forks."""
+    model = demo_assets.gemma_path() if teacher == "gemma" else make_teacher(folder / "teacher")
+    with demo_assets.wikipedia_path().open(encoding="utf8") as lines:
+        texts = [json.loads(line)["text"][:CHARACTERS] for line in islice(lines, SHARDS * DOCUMENTS_PER_SHARD)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    builder.find_teacher = cache(builder.find_teacher)  # the tokenizer is read and digested once, not in every trial
+    builder._vocabulary = cache(builder._vocabulary)
+    Teacher.tokenizer_identity = cache(Teacher.tokenizer_identity)
+    config = BuildConfig(
+        teacher=str(model),
+        corpus=str(folder / "corpus.jsonl"),
+        output=folder / "none",
+        engine="transformers",
+        documents_per_shard=DOCUMENTS_PER_SHARD,
+        max_model_len=128,
+        store=store,
+    )
+    recipe = builder.prepare(config).recipe
+    vocabulary_to_bytes(recipe.settings.vocabulary)  # loads what Arrow needs
+    return config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--teacher", choices=["random", "gemma"], default="random")
+    parser.add_argument("--store", choices=["zarr", "arrow"], default="zarr")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "kills.csv")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        trials = Trials.of(prepare(folder, arguments.teacher, arguments.store), folder)
+        seconds: Counter[str] = Counter()
+        for phase, _, length in trials.spans:
+            seconds[phase] += length
+        print({phase: round(length, 3) for phase, length in seconds.items()}, flush=True)
+        results = trials.run(arguments.trials, arguments.seed, lambda result: print(result, flush=True))
+    rows = []
+    for phase in (*PHASES, "none"):
+        of_phase = [result for result in results if result["hit"] == phase]
+        rows.append(
+            {
+                "teacher": arguments.teacher,
+                "store": arguments.store,
+                "seed": arguments.seed,
+                "phase_hit": phase,
+                "trials": len(of_phase),
+                "resumed_identical": sum(result["same"] for result in of_phase),
+                "gc_runs": sum(result["orphans"] is not None for result in of_phase),
+                "orphans_removed": sum(result["orphans"] or 0 for result in of_phase),
+                "phase_seconds": round(seconds[phase], 3),
+                "minutes": round((time.monotonic() - started) / 60, 1),
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "pyarrow": pyarrow.__version__,
+            }
+        )
+        print(*rows[-1].values(), flush=True)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    new = not arguments.output.exists()
+    with arguments.output.open("a", newline="", encoding="utf8") as file:
+        table = csv.DictWriter(file, fieldnames=list(rows[0]))
+        if new:
+            table.writeheader()
+        table.writerows(rows)
+    if not all(result["same"] for result in results):
+        sys.exit("a resumed build differs from the undisturbed one")
+
+
+if __name__ == "__main__":
+    main()

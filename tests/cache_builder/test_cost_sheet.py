@@ -1,0 +1,127 @@
+"""`cache-builder plan`: counts that the build then confirms, sizes, speeds, and the break-even by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_teacher import make_tiny_teacher, write_corpus
+
+from cache_builder import cost_sheet
+from cache_builder.builder import BuildConfig, build, prepare
+from cache_builder.commands import build as build_command
+from cache_builder.commands import plan as plan_command
+from cache_builder.cost_sheet import break_even, bytes_per_row, probe, workload_of
+from cache_builder.main import main
+from storage_specs.codecs import PROFILES
+from storage_specs.errors import ConfigError
+
+TEXTS = ["Bern is a city. " * 8, "", "日本語 😀", "Aare " * 30]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Path:
+    return make_tiny_teacher(tmp_path_factory.mktemp("teachers") / "tiny", smollm2_path)
+
+
+@pytest.fixture
+def flags(teacher: Path, tmp_path: Path) -> list[str]:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", TEXTS)
+    values = {"teacher": teacher, "corpus": corpus, "engine": "transformers", "max_model_len": 24, "window_overlap": 6}
+    return [f"--{name}={value}" for name, value in {**values, "documents_per_shard": 2}.items()]
+
+
+def test_the_sheet_counts_what_the_build_then_does(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    assert main(["plan", *flags, "--tokens-per-second", "100", "--data-parallel-size", "2"]) == 0
+    assert sorted(tmp_path.iterdir()) == before
+    printed = capsys.readouterr().out
+    names = ("teacher", "corpus", "engine", "max_model_len", "window_overlap", "documents_per_shard")
+    values = dict(zip(names, (flag.partition("=")[2] for flag in flags), strict=True))
+    values |= {name: int(values[name]) for name in names[3:]}
+    config = BuildConfig(**values, output=tmp_path / "cache")
+    work = workload_of(prepare(config))
+    report = build(config)
+    assert (work.documents, work.shards) == (4, 2)
+    assert work.rows == report.manifest.counts["rows"]
+    assert work.text_bytes == report.manifest.counts["text_bytes"] == sum(len(text.encode()) for text in TEXTS)
+    assert (work.tokens, work.windows - 3) == (report.work.tokens, report.work.windows_cut)
+    assert f"{work.tokens:,} to read, in {work.windows} windows" in printed
+    assert f"rows        {work.rows:,}" in printed
+    hours = work.tokens / 200 / 3600
+    assert f"{hours:,.2f} hours, {2 * hours:,.2f} GPU-hours: 100 tokens per second (given), 2 replicas" in printed
+    assert "cache / (live - read)" in printed
+    assert "<- this build" in printed
+
+
+def test_without_a_speed_the_sheet_says_how_to_get_one(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *flags]) == 0
+    assert "--probe 30" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_probe_scores_with_the_real_engine(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *flags, "--probe", "0.2"]) == 0
+    assert "tokens per second (probed" in capsys.readouterr().out
+
+
+def test_the_probe_times_the_largest_batch_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    class Window:
+        ids = range(10)
+
+    class Engine:
+        def score(self, windows: list[Window]) -> list[None]:
+            now[0] += 100 if now[0] == 0 else 1 + len(windows)
+            return [None] * len(windows)
+
+    monkeypatch.setattr(cost_sheet.time, "monotonic", lambda: now[0])
+    assert probe(Engine(), [Window()] * 3, 20) == 4 * 10 / 5  # batches of 1, 2 and 4 windows take 2, 3 and 5 seconds
+    with pytest.raises(ConfigError, match="nothing to probe with"):
+        probe(Engine(), [], 20)
+
+
+def test_break_even_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost_sheet, "CAPTURE_RATIO", 0.8)
+    monkeypatch.setattr(cost_sheet, "READ_BYTES_PER_SECOND", 10.0)
+    # 1,000 tokens at 10 a second: 100 s to score, 80 s a live epoch; 300 bytes: 30 s to read. 2 epochs: 160 = 100 + 60
+    assert break_even(1000, 300, 10) == pytest.approx(2.0)
+    assert break_even(1000, 800, 10) is None
+
+
+def test_bytes_of_every_profile() -> None:
+    assert set(PROFILES) <= set(cost_sheet.VALUE_BYTES)
+    assert bytes_per_row("exact", 64, 0) == 256 + 6
+    assert bytes_per_row("exact", 128, 16) == 512 + 6 + 20
+    assert bytes_per_row("sketch", 128, 0) == bytes_per_row("sketch", 16, 0)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--tokens_per_second", "0"], "tokens_per_second is 0.0"),
+        (["--probe", "-1"], "probe is -1.0"),
+        (["--probe", "3", "--tokens_per_second", "3"], "leave one out"),
+        (["--tokens_per_secnd", "3"], "did you mean 'tokens_per_second'"),
+    ],
+)
+def test_refusals(flags: list[str], more: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        main(["plan", *flags, *more])
+
+
+def test_every_flag_of_build_is_one_of_plan() -> None:
+    assert plan_command.parser().names() == build_command.parser().names() | {"tokens_per_second", "probe"}
+
+
+def test_generate_counts_prompts_and_at_most_so_many_tokens(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "one two three"}))
+    corpus = ["--teacher", str(teacher), "--corpus", str(tmp_path / "prompts.jsonl"), "--engine", "transformers"]
+    assert main(["plan", *corpus, "--mode", "generate", "--n", "3", "--max_tokens", "10"]) == 0
+    printed = capsys.readouterr().out
+    assert "3 in 1 shards" in printed
+    assert "at most 39 to read and write" in printed
+    assert "at most 30 to keep" in printed

@@ -1,0 +1,202 @@
+"""`build --mode generate` on a tiny teacher: rows of the tokens that were drawn, resuming, verification, prompts.
+
+Legend: L tokens, V vocabulary, K ranks.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from building import digests
+from tiny_teacher import VOCABULARY, make_tiny_teacher
+
+from cache_builder.builder import BuildConfig, build, prepare
+from cache_builder.engines.transformers_generate import TransformersGenerator, draw
+from cache_builder.shard_worker import ShardWorker
+from storage_specs.errors import CacheMismatchError, ConfigError
+from storage_specs.generated import prompt_of
+from storage_specs.reader import open_cache
+from storage_specs.verification import verify_cache
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a river 😀"}]
+RECORDS = [
+    {"prompt": "The capital of France is", "completion": " old", "source": "a"},
+    {"messages": [*CHAT, {"role": "assistant", "content": "old"}]},
+    {"prompt": "日本語"},
+    {"prompt": "The capital of France is"},
+]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Path:
+    return make_tiny_teacher(tmp_path_factory.mktemp("teachers") / "tiny", smollm2_path)
+
+
+@pytest.fixture
+def config(teacher: Path, tmp_path: Path) -> BuildConfig:
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, RECORDS)))
+    return BuildConfig(
+        teacher=str(teacher),
+        corpus=str(tmp_path / "prompts.jsonl"),
+        output=tmp_path / "cache",
+        engine="transformers",
+        profile="exact",
+        mode="generate",
+        documents_per_shard=3,
+        max_tokens=9,
+        n=2,
+        temperature=0.8,
+        top_p=0.9,
+        top_k=50,
+        seed=5,
+    )
+
+
+def other(config: BuildConfig, **values: Any) -> BuildConfig:
+    return dataclasses.replace(config, **values)
+
+
+def test_every_row_is_the_brute_force_distribution_of_a_token_that_was_drawn(
+    config: BuildConfig, teacher: Path
+) -> None:
+    """Prompts rendered by transformers itself, one forward pass over all tokens, each draw repeated."""
+    prepared = prepare(config)
+    recipe = prepared.recipe
+    assert len(prepared.documents) == 8
+    model = transformers.AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(teacher)
+    worker = ShardWorker(recipe, prepared.engine)
+    for number in (0, 3, 5):
+        prompt = worker.prompt(prepared.documents[number], worker.samples[number])
+        record = RECORDS[number // 2]
+        text = record.get("prompt") or tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+        assert prompt.ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+        (made,) = TransformersGenerator(prepared.engine, recipe.sampling, worker.words).generate([prompt])
+        with torch.inference_mode():
+            logits_LV = model(torch.tensor([[*prompt.ids, *made.ids]])).logits[0]
+        random = torch.Generator().manual_seed(prompt.seed)
+        for row, token in enumerate(made.ids):
+            position = len(prompt.ids) - 1 + row
+            log_probs_V = logits_LV[position].double().log_softmax(-1)
+            sorted_V = log_probs_V.exp().sort(descending=True).values.numpy()
+            np.testing.assert_allclose(made.scores.probs[row], sorted_V[:64], atol=1e-6)
+            np.testing.assert_allclose(made.scores.tail_mass[row], sorted_V[64:].sum(), atol=1e-5)
+            np.testing.assert_allclose(made.scores.gold_logprob[row], log_probs_V[token], atol=1e-4)
+            assert draw(logits_LV[position], recipe.sampling, random) == token
+    worker.engine.close()
+
+
+def test_the_cache_holds_prompts_completions_and_settings(config: BuildConfig) -> None:
+    manifest = build(config).manifest
+    assert verify_cache(config.output).ok
+    cache = open_cache(config.output)
+    assert len(cache) == 8
+    for number, document in enumerate(cache):
+        record = RECORDS[number // 2]
+        expected = record.get("prompt") or "".join(turn["content"] for turn in CHAT)
+        assert prompt_of(document).text == expected
+        assert document.text.startswith(expected)
+        last = document.messages[-1]
+        assert (last.role, last.scored) == ("assistant" if "messages" in record else "completion", True)
+        assert not any(message.scored for message in document.messages[:-1])
+        about = document.metadata["generation"]
+        assert about["sample"] == (number % 2 if number < 6 else number - 4)  # the first prompt comes again as the last
+        assert len(document.segment) == about["tokens"] == 9 or about["finish_reason"] != "length"
+    assert len({document.text for document in cache}) == 8
+    assert manifest.corpus["documents"] == manifest.counts["documents"] == 8
+    assert manifest.windows["overlap"] == 0
+    sampling = {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "n": 2, "seed": 5, "max_tokens": 9, "stop": []}
+    assert manifest.generation == {**sampling, "stop_token_ids": [2], "refused": 0}
+    assert len(cache.vocabulary.token_bytes) == VOCABULARY
+
+
+def test_an_interrupted_build_goes_on_to_the_same_bytes(config: BuildConfig) -> None:
+    build(other(config, output=config.output.with_name("whole")))
+    whole = digests(config.output.with_name("whole"))
+    assert build(other(config, shard_range=(1, 2))).shards_missing == 2
+    build(config)
+    assert digests(config.output) == whole
+    (config.output / "manifest.json").unlink()
+    (config.output / "shards" / "000000.json").unlink()
+    assert build(config).shards_written == 1
+    assert digests(config.output) == whole
+
+
+def test_other_sampling_is_another_cache(config: BuildConfig) -> None:
+    build(config)
+    for values in ({"seed": 6}, {"temperature": 0.7}, {"n": 1}, {"max_tokens": 8}, {"stop": ("x",)}):
+        with pytest.raises(CacheMismatchError):
+            build(other(config, **values))
+
+
+def test_a_record_that_answers_other_prompts_is_not_believed(config: BuildConfig) -> None:
+    build(config)
+    swapped = other(config, output=config.output.with_name("swapped"))
+    lines = Path(config.corpus).read_text().splitlines()
+    (config.output.parent / "other.jsonl").write_text("\n".join(reversed(lines)))
+    build(other(swapped, corpus=str(config.output.parent / "other.jsonl")))
+    (config.output / "manifest.json").unlink()
+    for file in (swapped.output / "shards").rglob("000000*/**/*"):
+        if file.is_file():
+            target = config.output / file.relative_to(swapped.output)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    (config.output / "shards" / "000000.json").write_bytes((swapped.output / "shards" / "000000.json").read_bytes())
+    assert build(config).shards_written == 1
+    assert verify_cache(config.output).ok
+
+
+def test_end_tokens_stop_strings_and_bytes_that_are_no_text(
+    config: BuildConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy over planted logits: the tiny teacher itself never says anything."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.teacher)
+    smile = tokenizer("😀", add_special_tokens=False)["input_ids"]
+    hello = tokenizer("Hello there.", add_special_tokens=False)["input_ids"]
+    plans = {
+        "ends": [*hello, 2],
+        "cut": [*hello, *smile[:-1]],
+        "broken": [smile[-1], *hello, 2],
+        "stops": hello + hello,
+    }
+    script: list[int] = []
+    monkeypatch.setattr(
+        "cache_builder.engines.transformers_generate.draw", lambda logits_V, sampling, random: script.pop(0)
+    )
+    expected = {"ends": ("Hello there.", 1), "cut": ("Hello there.", 0), "broken": ("", 0), "stops": ("Hello", 0)}
+    for name, plan in plans.items():
+        script[:] = plan
+        Path(config.corpus).write_text(json.dumps({"prompt": "Say: "}))
+        values = {"temperature": 0.0, "top_p": None, "top_k": None, "n": 1, "max_tokens": len(plan)}
+        one = other(config, **values, output=config.output / name, stop=(" there",) if name == "stops" else None)
+        manifest = build(one).manifest
+        document = open_cache(one.output)[0]
+        assert (document.text, int(document.is_end.sum())) == ("Say: " + expected[name][0], expected[name][1])
+        assert manifest.generation["refused"] == (name == "broken")
+        assert verify_cache(one.output).ok
+
+
+def test_prompts_that_do_not_fit_and_options_that_do_not_apply(config: BuildConfig) -> None:
+    with pytest.raises(ConfigError, match="leaves no room in 5 tokens"):
+        build(other(config, max_model_len=5))
+    assert not config.output.exists()
+    assert open_cache(build_output(other(config, max_model_len=14, n=1)))[1].metadata["generation"]["tokens"] <= 14
+    for values, message in (
+        ({"kind": "chat"}, "kind is for texts that are scored"),
+        ({"min_bytes": 3}, "min_bytes is for texts"),
+        ({"mode": "sample"}, "mode is 'sample'"),
+        ({"mode": "score"}, "temperature, top_p, top_k, n, seed, max_tokens: for completions"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            other(config, **values)
+
+
+def build_output(config: BuildConfig) -> Path:
+    Path(config.corpus).write_text("\n".join([json.dumps({"prompt": "one two"})] * 2))
+    build(config)
+    return config.output

@@ -1,0 +1,73 @@
+"""`--launcher ray` on a real local cluster: two actors on the CPU, one of them killed in mid-build."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from building import digests, records, run_build, start_build, wait_until
+from tiny_teacher import make_tiny_teacher, write_corpus
+
+from cache_builder.ray_launcher import ray_actors
+from storage_specs.errors import EngineError
+
+SHARDS = 16
+
+
+def test_an_actor_that_is_killed_loses_only_what_it_had_open(
+    tmp_path: Path, smollm2_path: Path, wiki_texts: list[str]
+) -> None:
+    make_tiny_teacher(tmp_path / "tiny", smollm2_path)
+    write_corpus(tmp_path / "corpus.jsonl", [text[:400] for text in wiki_texts[: 2 * SHARDS]])
+    values = {"teacher": tmp_path / "tiny", "corpus": tmp_path / "corpus.jsonl", "engine": "transformers"}
+    flags = [f"--{name}={value}" for name, value in {**values, "documents_per_shard": 2, "max_model_len": 64}.items()]
+    run_build(flags, tmp_path / "alone")
+    output = tmp_path / "cache"
+    process = start_build([*flags, "--launcher=ray", "--data-parallel-size=2"], output)
+    wait_until(lambda: len(records(output)) >= 2, process)
+    actors = [actor for actor in actors_now() if below(actor, process.pid)]
+    assert len(actors) == 2, process.communicate(timeout=60)
+    os.kill(actors[0], signal.SIGKILL)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert err.count("is lost, others go on: Ray lost an actor") == 1
+    assert digests(output) == digests(tmp_path / "alone")
+
+
+def actors_now() -> list[int]:
+    """Processes that run our actor, which Ray names after its class."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                if (entry / "cmdline").read_bytes().startswith(b"ray::_Actor"):
+                    found.append(int(entry.name))
+            except OSError:  # it has ended meanwhile
+                continue
+    return sorted(found)
+
+
+def below(process: int, ancestor: int) -> bool:
+    """Whether a process descends from another (Linux)."""
+    while process > 1:
+        if process == ancestor:
+            return True
+        try:
+            process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            return False
+    return False
+
+
+def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(EngineError, match=r"pip install '\.\[ray\]'"), ray_actors(None, 1, 0):
+        pass
+
+
+def test_ray_is_imported_only_where_it_is_asked_for() -> None:
+    code = "import sys, cache_builder.builder; print('ray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,211 @@
+"""`repair` with a teacher: the damaged shards are scored again, under new names, with the cache's own settings."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_teacher import files_of, make_tiny_teacher, write_corpus
+
+from cache_builder.builder import BuildConfig, build
+from cache_builder.engines.transformers import TransformersEngine
+from cache_builder.main import main
+from cache_builder.repair import repair
+from storage_specs.errors import CacheMismatchError, ConfigError, CorpusError
+from storage_specs.reader import open_cache
+from storage_specs.verification import verify_cache
+
+TEXTS = ["Bern is a city. " * 5, "one", "two two", "three", "Bern lies on the Aare. " * 4, "four"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Path:
+    return make_tiny_teacher(tmp_path_factory.mktemp("teachers") / "tiny", smollm2_path)
+
+
+@pytest.fixture(params=["zarr", "arrow"])
+def config(request: pytest.FixtureRequest, teacher: Path, tmp_path: Path) -> BuildConfig:
+    """A finished cache of unusual settings, which a repair must find out by itself."""
+    config = BuildConfig(
+        teacher=str(teacher),
+        corpus=str(write_corpus(tmp_path / "corpus.jsonl", TEXTS)),
+        output=tmp_path / "cache",
+        engine="transformers",
+        documents_per_shard=2,
+        max_model_len=24,
+        window_overlap=6,
+        k=16,
+        k_ids=3,
+        store=request.param,
+    )
+    build(config)
+    return config
+
+
+def flags_of(config: BuildConfig) -> dict[str, Any]:
+    return {"teacher": config.teacher, "corpus": config.corpus}
+
+
+def damage(cache: Path, shard: int) -> None:
+    """Flip a bit in the middle of the largest object of a shard."""
+    files = [file for file in cache.glob(f"shards/{shard:06d}*/**/*") if file.is_file()]
+    victim = max(files or cache.glob(f"shards/{shard:06d}.*parquet"), key=lambda file: file.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(bytes(data))
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Windows per call of the engine."""
+    calls: list[int] = []
+    real_score = TransformersEngine.score
+    monkeypatch.setattr(
+        TransformersEngine, "score", lambda self, windows: calls.append(len(windows)) or real_score(self, windows)
+    )
+    return calls
+
+
+def test_exactly_the_damaged_shards_are_scored_again(config: BuildConfig, scored: list[int]) -> None:
+    cache = Path(config.output)
+    first, whole = open_cache(cache).manifest, list(open_cache(cache))
+    damage(cache, 0)
+    damage(cache, 2)
+    (cache / "shards/000001.json").unlink()
+    report = repair(cache, flags_of(config))
+    assert (report.restored, report.shards_scored, len(scored)) == (("shards/000001.json",), 2, 2)
+    assert report.manifest == open_cache(cache).manifest
+    assert report.manifest is not None
+    assert report.manifest.replaces == [first.cache_id]
+    assert verify_cache(cache).ok
+    for read, expected in zip(open_cache(cache), whole, strict=True):
+        assert read.text == expected.text
+        assert read.probs.tobytes() == expected.probs.tobytes()
+    again = repair(cache, flags_of(config))
+    assert (again.shards_scored, again.restored, again.manifest) == (0, (), report.manifest)
+    assert len(scored) == 2
+
+
+def test_an_interrupted_repair_goes_on_where_it_was(
+    config: BuildConfig, scored: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Path(config.output)
+    damage(cache, 0)
+    damage(cache, 2)
+    counted = TransformersEngine.score
+
+    def once(self: TransformersEngine, windows: Any) -> Any:
+        if scored:
+            raise KeyboardInterrupt
+        return counted(self, windows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "score", once)
+        with pytest.raises(KeyboardInterrupt):
+            repair(cache, flags_of(config))
+    before = files_of(cache)
+    assert "shards/000000.r1.json" in before
+    assert "manifest.r0.json" not in before
+    report = repair(cache, flags_of(config))
+    assert len(scored) == 2
+    assert report.manifest is not None
+    assert report.manifest.revision == 1
+    assert verify_cache(cache).ok
+
+
+def test_a_damaged_manifest_and_shard_together(config: BuildConfig, scored: list[int]) -> None:
+    cache = Path(config.output)
+    before = files_of(cache)
+    damage(cache, 1)
+    (cache / "manifest.json").write_bytes(b"")
+    report = repair(cache, flags_of(config))
+    assert len(scored) == report.shards_scored == 1
+    assert files_of(cache) == before  # on this machine the teacher says the same again
+
+
+def test_a_lost_vocabulary_is_put_back_without_scoring(config: BuildConfig, scored: list[int]) -> None:
+    cache = Path(config.output)
+    before = files_of(cache)
+    (cache / "vocabulary.parquet").write_bytes(b"PAR1")
+    assert repair(cache, {}).vocabulary_lost
+    report = repair(cache, flags_of(config))
+    assert (report.shards_scored, scored) == (0, [])
+    assert files_of(cache) == before
+    (cache / "vocabulary.parquet").unlink()
+    (cache / "manifest.json").write_bytes(b"")
+    repair(cache, flags_of(config))
+    assert files_of(cache) == before
+
+
+def test_a_lost_plan_is_made_again_by_the_flags_of_the_build(config: BuildConfig, scored: list[int]) -> None:
+    cache = Path(config.output)
+    damage(cache, 0)
+    (cache / "shards/000000.json").unlink()
+    (cache / "plan.json").write_bytes(b"{}")
+    flags = {
+        name: getattr(config, name)
+        for name in ("k", "k_ids", "store", "engine", "max_model_len", "window_overlap", "documents_per_shard")
+    }
+    report = repair(cache, flags_of(config) | flags)
+    assert (report.shards_scored, report.restored) == (1, ("plan.json",))
+    assert verify_cache(cache).ok
+
+
+def test_another_teacher_or_corpus_is_refused(config: BuildConfig, tmp_path: Path, smollm2_path: Path) -> None:
+    cache = Path(config.output)
+    damage(cache, 1)
+    before = files_of(cache)
+    other = make_tiny_teacher(tmp_path / "tiny", smollm2_path, seed=1)
+    with pytest.raises(CacheMismatchError, match=r"teacher\.weights_digest"):
+        repair(cache, flags_of(config) | {"teacher": str(other)})
+    with pytest.raises(CacheMismatchError, match="k: 16, not 8"):
+        repair(cache, flags_of(config) | {"k": 8})
+    shorter = write_corpus(tmp_path / "shorter.jsonl", TEXTS[:3])
+    with pytest.raises(CorpusError, match="lacks 1 of the 2 documents of the damaged shards"):
+        repair(cache, flags_of(config) | {"corpus": str(shorter)})
+    assert files_of(cache) == before
+    shuffled = write_corpus(tmp_path / "shuffled.jsonl", ["more", *reversed(TEXTS)])
+    assert repair(cache, flags_of(config) | {"corpus": str(shuffled)}).shards_scored == 1
+
+
+def test_the_command(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = str(config.output)
+    assert main(["repair", cache]) == 0
+    assert "nothing to repair" in capsys.readouterr().out
+    damage(Path(cache), 1)
+    assert main(["verify", cache]) == 2
+    assert f"`cache-builder repair {cache}`" in capsys.readouterr().err
+    assert main(["repair", cache]) == 2
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    doc_ids = open_cache(cache).doc_ids[2:4]
+    assert [line.split(", ")[:2] for line in lines] == [["lost: shard 1", doc_id] for doc_id in doc_ids]
+    if config.store == "zarr":
+        assert [line.split(", ", 2)[2] for line in lines] == ["'two two'", "'three'"]
+    assert "error: " in captured.err
+    assert "2 documents of 1 shards" in captured.err
+    with pytest.raises(ConfigError, match="needs --teacher and --corpus both"):
+        main(["repair", cache, "--teacher", config.teacher])
+    assert main(["repair", cache, "--teacher", config.teacher, "--corpus", config.corpus]) == 0
+    assert "1 shards scored again; replaces" in capsys.readouterr().out
+    assert main(["verify", cache]) == 0
+
+
+def test_a_repaired_cache_is_merged_and_extended_like_any_other(config: BuildConfig, tmp_path: Path) -> None:
+    before = files_of(Path(config.output))
+    damage(Path(config.output), 1)
+    repair(config.output, flags_of(config))
+    more = dataclasses.replace(
+        config,
+        corpus=str(write_corpus(tmp_path / "more.jsonl", [*TEXTS, "five"])),
+        output=tmp_path / "more",
+        extend=str(config.output),
+    )
+    manifest = build(more).manifest
+    assert manifest is not None
+    assert (manifest.replaces, manifest.counts["documents"]) == ([], 7)
+    assert verify_cache(tmp_path / "more").ok
+    after = files_of(tmp_path / "more")
+    assert {name: after[name] for name in before if name.startswith("shards/") and not name.endswith(".json")} == {
+        name: data for name, data in before.items() if name.startswith("shards/") and not name.endswith(".json")
+    }

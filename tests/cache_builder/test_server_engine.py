@@ -1,0 +1,251 @@
+"""The server engine against endpoints that fail in every way: retries, refusals, and keys that never leak."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from endpoints import Answer, endpoint
+
+from cache_builder.builder import BuildConfig, build
+from cache_builder.engines import http_client
+from cache_builder.engines.http_client import HttpClient, backoff, retry_after
+from cache_builder.main import main
+from storage_specs.command_line import run
+from storage_specs.errors import ConfigError, EngineError
+from storage_specs.reader import open_cache
+from storage_specs.verification import verify_cache
+
+KEY = "sk-very-secret-0123456789"
+WORDS = ["Hello", " \U0001f600", " wörld", "!"]
+K = 4
+
+
+def chat_completion(tokens: list[str], finish_reason: str = "stop", end: bool = False) -> dict[str, Any]:
+    """What chat/completions answers; `end`: with the end token, whose bytes are no part of the content."""
+    rows = [*tokens, *(["<|im_end|>"] if end else [])]
+    content = [
+        {
+            "token": token,
+            "bytes": list(token.encode()),
+            "logprob": np.log(0.4).item(),
+            "top_logprobs": [
+                {"token": "x", "bytes": None, "logprob": np.log(mass).item()} for mass in (0.4, 0.3, 0.1, 0.05, 0.01)
+            ],
+        }
+        for token in rows
+    ]
+    choice = {
+        "message": {"content": "".join(tokens)},
+        "finish_reason": finish_reason,
+        "logprobs": {"content": content},
+    }
+    return {"choices": [choice]}
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(http_client, "backoff", lambda attempt: 0.01)
+    records = [{"messages": [{"role": "user", "content": f"Hi {number}"}]} for number in range(5)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return {
+        "teacher": "some-model",
+        "corpus": str(tmp_path / "prompts.jsonl"),
+        "output": tmp_path / "cache",
+        "engine": "server",
+        "mode": "generate",
+        "k": K,
+        "vocab_size": 1000,
+        "documents_per_shard": 2,
+        "max_tokens": 16,
+    }
+
+
+def test_a_black_box_chat_becomes_a_cache(config: dict[str, Any]) -> None:
+    with endpoint(lambda path, body, number: Answer(body=chat_completion(WORDS, end=True))) as server:
+        manifest = build(BuildConfig(**config, base_url=server.base_url, temperature=0.7, top_p=0.9, n=2)).manifest
+    assert verify_cache(config["output"]).ok
+    cache = open_cache(config["output"])
+    assert len(cache) == 10
+    document = cache[3]
+    assert document.text == "Hi 1Hello \U0001f600 wörld!"
+    assert document.metadata["generation"] == {"finish_reason": "stop", "sample": 1, "tokens": 5}
+    assert [m.role for m in document.messages] == ["user", "assistant"]
+    assert document.byte_start.tolist() == [4, 9, 14, 21, 22]
+    assert document.byte_end.tolist() == [9, 14, 21, 22, 22]
+    assert document.is_end.tolist() == [False] * 4 + [True]
+    assert document.token_ids is None
+    np.testing.assert_allclose(document.probs, np.tile([0.4, 0.3, 0.1, 0.05], (5, 1)), atol=2**-11)
+    np.testing.assert_allclose(document.tail_mass, 0.15, atol=2**-9)
+    assert manifest.k_ids == 0
+    assert manifest.engine["name"] == "server"
+    assert manifest.engine["returns"] == "the top 4 log-probabilities of a position, no ids"
+    assert (manifest.generation["temperature"], manifest.generation["refused"]) == (0.7, 0)
+    bodies = [body for _, _, body in server.requests]
+    assert {path for path, _, _ in server.requests} == {"/v1/chat/completions"}
+    assert all(headers["Authorization"] == f"Bearer {KEY}" for _, headers, _ in server.requests)
+    assert len({body["seed"] for body in bodies}) == 10
+    assert all((body["logprobs"], body["top_logprobs"], body["max_tokens"]) == (True, K, 16) for body in bodies)
+
+
+def test_completions_cut_by_length_by_a_stop_string_and_not_to_be_attributed(config: dict[str, Any]) -> None:
+    broken = chat_completion(["a", "b"])
+    broken["choices"][0]["message"]["content"] = "other text"
+    stopped = chat_completion(["one", " STOP"])
+    stopped["choices"][0]["message"]["content"] = "one "
+    half = chat_completion(["ok", "?"], "length")
+    half["choices"][0]["logprobs"]["content"][1]["bytes"] = [0xF0, 0x9F]
+    answers = {"Hi 0": half, "Hi 1": stopped, "Hi 2": broken, "Hi 3": chat_completion([], "stop"), "Hi 4": broken}
+
+    def answer(path: str, body: Any, number: int) -> Answer:
+        return Answer(body=answers[body["messages"][0]["content"]])
+
+    with endpoint(answer) as server:
+        manifest = build(BuildConfig(**config, base_url=server.base_url, stop=("STOP",))).manifest
+    assert verify_cache(config["output"]).ok
+    documents = list(open_cache(config["output"]))
+    assert [item.text[4:] for item in documents] == ["ok", "one ", "", "", ""]
+    assert [item.metadata["generation"]["finish_reason"] for item in documents] == [
+        "length",
+        "stop",
+        "refused",
+        "stop",
+        "refused",
+    ]
+    assert documents[1].metadata["generation"]["stop_reason"] == "STOP"
+    assert [len(item.segment) for item in documents] == [1, 2, 0, 0, 0]
+    assert not any(item.is_end.any() for item in documents)
+    assert manifest.generation["refused"] == 2
+
+
+def test_bad_moments_are_outlived(config: dict[str, Any]) -> None:
+    faults = [
+        Answer(status=500, body={"error": {"message": "boom"}}),
+        Answer(status=429, headers={"Retry-After": "0.3"}),
+        Answer(drop=True),
+        Answer(body=b"<html>"),
+        Answer(seconds=3),
+        Answer(status=503),
+    ]
+
+    def answer(path: str, body: Any, number: int) -> Answer:
+        return faults[number] if number < len(faults) else Answer(body=chat_completion(WORDS))
+
+    with endpoint(answer) as server:
+        started = time.monotonic()
+        build(BuildConfig(**config, base_url=server.base_url, max_concurrency=1, timeout=1))
+        assert time.monotonic() - started > 1.3  # the time-out, and what Retry-After asked for
+        assert len(server.requests) == 5 + len(faults)
+    assert open_cache(config["output"]).manifest.counts["rows"] == 5 * len(WORDS)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message", "requests"),
+    [
+        (Answer(status=401, body={"error": {"message": f"wrong key {KEY}"}}), r"status 401: wrong key \*\*\*", 1),
+        (Answer(status=400, body=f"bad request {KEY}".encode()), r"status 400: bad request \*\*\*", 1),
+        (Answer(status=500, body={"error": f"no luck with {KEY}"}), r"8 times in a row.*no luck with \*\*\*", 8),
+        (Answer(status=429, headers={"retry-after": "4000"}), "asks to wait 4000 s", 1),
+        (Answer(body={"choices": []}), "laid out differently", 1),
+        (
+            Answer(body={"choices": [{"message": {"content": "x"}, "logprobs": None, "finish_reason": "stop"}]}),
+            "no log",
+            1,
+        ),
+    ],
+)
+def test_what_cannot_be_outlived_is_one_line_without_the_key(
+    config: dict[str, Any], answer: Answer, message: str, requests: int
+) -> None:
+    with endpoint(lambda *_: answer) as server:
+        with pytest.raises(EngineError, match=message) as caught:
+            build(BuildConfig(**config, base_url=server.base_url, max_concurrency=1))
+        assert KEY not in str(caught.value)
+        assert len(server.requests) <= 2 * requests  # one more may be under way
+
+
+def test_too_few_log_probabilities_name_the_k_that_works(config: dict[str, Any]) -> None:
+    with (
+        endpoint(lambda *_: Answer(body=chat_completion(WORDS))) as server,
+        pytest.raises(EngineError, match="returned 5 log-probabilities for a position, but k is 20: build with --k 5"),
+    ):
+        build(BuildConfig(**config | {"k": 20}, base_url=server.base_url))
+
+
+def test_scoring_needs_prompt_logprobs(config: dict[str, Any], smollm2_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    scoring = config | {"mode": "score", "corpus": str(tmp_path / "a.txt"), "max_tokens": None, "vocab_size": None}
+    with (
+        endpoint(lambda *_: Answer(body={"choices": [{"text": "x"}]})) as server,
+        pytest.raises(EngineError, match="returns no prompt_logprobs, so it cannot score texts"),
+    ):
+        build(BuildConfig(**scoring, base_url=server.base_url, tokenizer=str(smollm2_path)))
+
+
+def test_the_key_is_nowhere_in_the_cache_and_nowhere_in_what_is_printed(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.setenv("MY_KEY", KEY)
+    flags = [f"--{name}={value}" for name, value in config.items()]
+    with endpoint(lambda *_: Answer(body=chat_completion(WORDS))) as server:
+        flags += ["--base-url", server.base_url, "--api-key-env", "MY_KEY"]
+        assert main(["build", *flags]) == 0
+        assert all(headers["Authorization"] == f"Bearer {KEY}" for _, headers, _ in server.requests)
+        assert main(["inspect", str(config["output"]), "--json"]) == 0
+    files = [file for file in config["output"].rglob("*") if file.is_file()]
+    assert len(files) > 3
+    assert all(KEY.encode() not in file.read_bytes() for file in files)
+    with endpoint(lambda *_: Answer(status=403, body={"error": {"message": KEY}})) as server:
+        flags = [*flags, "--output", f"{config['output']}-2", "--base-url", server.base_url]
+        with pytest.raises(SystemExit) as left:
+            run(main, ["build", *flags])
+        assert left.value.code == 2
+    printed = capfd.readouterr()
+    assert KEY not in printed.out + printed.err
+    assert printed.err.splitlines()[-1].startswith("error: the endpoint refused a request")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"base_url": None}, "needs --base_url"),
+        ({"base_url": "localhost:8000"}, "must be an address"),
+        ({"base_url": f"http://user:{KEY}@localhost/v1"}, "holds credentials"),
+        ({"base_url": f"http://localhost/v1?api_key={KEY}"}, "holds credentials or a query"),
+        ({"api_key_env": "NO_SUCH_KEY"}, "api_key_env names NO_SUCH_KEY"),
+        ({"vocab_size": None}, "give --vocab_size"),
+        ({"k_ids": 2}, "name its --tokenizer"),
+        ({"mode": "score", "max_tokens": None}, "name its --tokenizer"),
+        ({"engine": "transformers"}, "base_url, vocab_size: for teachers behind an endpoint"),
+        ({"engine_arguments": {"seed": 1}}, "give it to the server itself"),
+        ({"timeout": 0.0}, "timeout is 0.0"),
+    ],
+)
+def test_settings_that_cannot_be(config: dict[str, Any], values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        build(BuildConfig(**{"base_url": "http://127.0.0.1:9/v1"} | config | values))
+    assert KEY not in str(caught.value)
+
+
+def test_waiting_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(0.25 * 2**n <= backoff(n) <= 0.5 * 2**n for n in range(5))
+    assert backoff(30) <= http_client.LONGEST_WAIT
+    assert retry_after("2.5") == 2.5
+    assert retry_after("-1") == 0
+    monkeypatch.setattr(time, "time", lambda: 1_000_000_000.0)
+    assert retry_after("Sun, 09 Sep 2001 01:46:50 GMT") == 10
+    assert retry_after("soon") is None
+    assert retry_after(None) is None
+
+
+def test_no_key_no_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with endpoint(lambda *_: Answer(body={})) as server:
+        client = HttpClient(server.base_url, None, 5)
+        assert client.post("completions", {}) == {}
+        client.close()
+    assert "Authorization" not in server.requests[0][1]

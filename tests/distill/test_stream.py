@@ -1,0 +1,256 @@
+"""The stream of a run: decoded once, few shards held, prepared ahead, broken shards stopped at or left out."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cache_making import write_cache
+from test_trainer import recorded, stop_at, weights
+from training import trainer
+
+from distill import CachedDocuments, EpochBatches
+from distill.checkpoint import RECORD, last_whole_checkpoint
+from distill.main import main
+from distill.prefetch import Prefetched
+from distill.quarantine import NAME
+from storage_specs import open_cache, text_document
+from storage_specs.errors import CorruptCacheError
+from storage_specs.shard_reading import ShardReader
+
+ROOT = Path(__file__).parents[2]
+MIXED = 3
+
+
+@pytest.fixture(scope="session")
+def many_shards_path(wiki_texts, gemma_tokenizer, tmp_path_factory):
+    """96 short documents in 12 shards."""
+    texts = [text_document(text[n * 60 : n * 60 + 60] or text[:50]) for text in wiki_texts[:16] for n in range(6)]
+    path = tmp_path_factory.mktemp("caches") / "many"
+    return write_cache(path, texts, gemma_tokenizer, documents_per_shard=8)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The shards that were decoded, in order."""
+    seen, real = [], ShardReader.columns
+    monkeypatch.setattr(ShardReader, "columns", lambda self, shard: (seen.append(shard), real(self, shard))[1])
+    return seen
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_process_decodes_a_shard_once_an_epoch(many_shards_path, decoded, ranks, grouped):
+    documents = CachedDocuments(many_shards_path)
+    lengths = documents.text_bytes if grouped else None
+    for rank in range(ranks):
+        batches = EpochBatches(
+            documents.documents_per_shard, documents=4 // ranks, ranks=ranks, rank=rank, seed=3, lengths=lengths
+        )
+        for epoch in range(2):
+            batches.set_epoch(epoch)
+            decoded.clear()
+            served = 0
+            for micro_batch in batches:
+                served += len(documents.__getitems__(micro_batch))
+                assert len(documents._open) <= MIXED + 1
+            assert len(decoded) == len(set(decoded)) == 12
+            assert served in (len(documents) // ranks, -(-len(documents) // ranks))
+
+
+def test_training_decodes_no_more_than_the_stream(many_shards_path, student_path, tmp_path, decoded):
+    one = trainer(many_shards_path, student_path, tmp_path, max_steps=-1, num_train_epochs=2, loss="ce:1")
+    decoded.clear()
+    one.train()
+    assert one.state.global_step == 2 * one.batches.steps
+    assert sorted(decoded) == sorted([*range(12)] * 2)
+
+
+def test_documents_are_the_same_by_any_way(many_shards_path):
+    documents, held_out = CachedDocuments(many_shards_path), CachedDocuments(many_shards_path, held_out=True)
+    cache = open_cache(many_shards_path)
+    assert len(documents) + len(held_out) == len(cache)
+    ids = [document.doc_id for document in documents.__getitems__(range(len(documents)))]
+    assert ids == [cache.doc_ids[n] for n in range(len(cache)) if not cache.held_out_D[n]]
+    assert [document.doc_id for document in documents.sample(5)] == ids[:5]
+    assert documents[-1].doc_id == ids[-1]
+    first = CachedDocuments(many_shards_path, documents=3)
+    assert [first[n].doc_id for n in range(len(first))] == ids[:3]
+    with pytest.raises(IndexError):
+        documents[len(documents)]
+
+
+# ---- prepared ahead
+
+
+def test_prefetching_is_bounded_ordered_and_ends():
+    made = []
+
+    def source():
+        for number in range(20):
+            made.append(number)
+            yield number
+
+    ahead = Prefetched(source(), ahead=3)
+    time.sleep(0.3)
+    assert len(made) <= 4  # three ready, one waiting for room
+    assert list(ahead) == list(range(20))
+    with pytest.raises(StopIteration):
+        next(ahead)
+    ahead.close()
+    endless = Prefetched(iter(int, 1), ahead=2)
+    assert next(endless) == 0
+    endless.close()
+    assert not endless._thread.is_alive()
+
+
+def test_prefetching_raises_in_turn_and_tells_how_long_it_was_waited_for():
+    def source():
+        yield 1
+        time.sleep(0.2)
+        raise CorruptCacheError("broken")
+
+    ahead = Prefetched(source())
+    assert next(ahead) == 1
+    for _ in range(2):
+        with pytest.raises(CorruptCacheError, match="broken"):
+            next(ahead)
+    assert 0.1 < ahead.waited < 5
+
+
+def test_the_log_tells_what_waiting_for_data_costs(cache_path, student_path, tmp_path, monkeypatch):
+    slow, real = [], CachedDocuments.__getitems__
+
+    def getitems(self, indices):
+        if slow:
+            time.sleep(0.4)
+        return real(self, indices)
+
+    monkeypatch.setattr(CachedDocuments, "__getitems__", getitems)
+    waits = []
+    for _ in range(2):
+        one = trainer(cache_path, student_path, tmp_path, max_steps=5, loss="ce:1", logging_steps=5)
+        one.train()
+        waits.append(next(line["data_wait"] for line in one.state.log_history if "data_wait" in line))
+        slow.append(True)
+    assert 0 <= waits[0] < waits[1] <= 1
+    assert waits[1] > 0.5
+
+
+# ---- broken shards
+
+
+def break_shard(path, shard):
+    """Flip a byte in the middle of the largest file of a shard."""
+    files = [file for file in (path / "shards").rglob("*") if file.is_file() and f"{shard:06d}" in str(file)]
+    largest = max((file for file in files if file.suffix != ".json"), key=lambda file: file.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    largest.chmod(0o644)
+    largest.write_bytes(bytes(data))
+
+
+def later_shard(path, step):
+    """A shard that is first needed at or after a step of batches of 4."""
+    documents = CachedDocuments(path)
+    batches = EpochBatches(documents.documents_per_shard, documents=4, seed=42)
+    needed = [{documents.place_of(index)[0] for index in micro_batch} for micro_batch in batches]
+    return next(iter(needed[step] - set().union(*needed[:step])), None) or later_shard(path, step + 1)
+
+
+OPTIONS = {"max_steps": 16, "loss": "ce:1,uld:1.5", "save_strategy": "steps", "save_steps": 1000}
+
+
+def test_a_shard_that_breaks_stops_with_a_checkpoint(many_shards_path, student_path, tmp_path):
+    path = shutil.copytree(many_shards_path, tmp_path / "cache")
+    whole = trainer(path, student_path, tmp_path / "whole", **OPTIONS)
+    expected = recorded(whole)
+    whole.train()
+    shard = later_shard(path, 5)
+    backup = shutil.copytree(path, tmp_path / "backup")
+    break_shard(path, shard)
+    out = tmp_path / "broken"
+    one = trainer(path, student_path, out, **OPTIONS)
+    seen = recorded(one)
+    with pytest.raises(CorruptCacheError, match=r"after step \d+.*--on_corrupt quarantine"):
+        one.train()
+    assert last_whole_checkpoint(out).name == f"checkpoint-{one.state.global_step}"
+    assert 5 <= one.state.global_step < 16
+    # Repaired, the same run goes on as if nothing had happened.
+    shutil.rmtree(path)
+    shutil.copytree(backup, path)
+    again = trainer(path, student_path, out, **OPTIONS)
+    seen += recorded(again)
+    more = recorded(again)
+    again.train(resume_from_checkpoint=True)
+    assert [doc_ids for _, doc_ids in [*seen, *more]] == [doc_ids for _, doc_ids in expected]
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(again)[name], value), name
+
+
+def test_quarantine_leaves_out_exactly_one_shard(many_shards_path, student_path, tmp_path):
+    path = shutil.copytree(many_shards_path, tmp_path / "cache")
+    shard = later_shard(path, 5)
+    documents = CachedDocuments(path)
+    numbers = [n for n in range(len(documents)) if documents.place_of(n)[0] == shard]
+    lost = {documents[n].doc_id: len(documents[n].segment) for n in numbers}
+    whole = trainer(path, student_path, tmp_path / "whole", **OPTIONS)
+    expected = recorded(whole)
+    whole.train()
+    break_shard(path, shard)
+    options = OPTIONS | {"on_corrupt": "quarantine"}
+    out = tmp_path / "out"
+    one = trainer(path, student_path, out, **options)
+    seen = recorded(one)
+    one.train()
+    left = [[doc_id for doc_id in doc_ids if doc_id not in lost] for _, doc_ids in expected]
+    assert [doc_ids for _, doc_ids in seen] == left
+    assert left != [doc_ids for _, doc_ids in expected]
+    (line,) = (out / NAME).read_text().splitlines()
+    said = json.loads(line)
+    assert (said["shard"], said["epoch"], dict(said["documents"])) == (shard, 0, lost)
+    assert "ChecksumMismatchError" in said["error"]
+    summary = one.train_dataset.quarantine.summary()
+    assert summary == {"file": NAME, "shards": [shard], "documents": len(lost), "rows": sum(lost.values())}
+    # Stopped and resumed, even where the shard is whole again: the same documents are missing.
+    resumed = tmp_path / "resumed"
+    first = trainer(path, student_path, resumed, **options | {"save_steps": 1})
+    seen = recorded(first)
+    first.add_callback(stop_at(9))
+    first.train()
+    second = trainer(path, student_path, resumed, **options | {"save_steps": 1})
+    more = recorded(second)
+    second.train(resume_from_checkpoint=True)
+    assert [doc_ids for _, doc_ids in [*seen, *more]] == left
+
+
+def test_the_record_of_a_run_names_what_was_lost(many_shards_path, student_path, tmp_path, capsys):
+    from test_command import command
+
+    path = shutil.copytree(many_shards_path, tmp_path / "cache")
+    break_shard(path, 7)
+    flags = command(path, student_path, tmp_path / "out", "--num_train_epochs", "1", "--max_steps", "-1")
+    with pytest.raises(CorruptCacheError, match="quarantine"):
+        main(flags)
+    assert main([*flags, "--on_corrupt", "quarantine"]) == 0
+    record = json.loads((tmp_path / "out" / RECORD).read_bytes())
+    assert record["finished"]
+    assert record["quarantined"]["shards"] == [7]
+    assert "left out as broken: 1 shards" in capsys.readouterr().err
+
+
+# ---- growth
+
+
+def test_growth_is_planned_in_seconds(tmp_path):
+    """10^4 shards here; scripts/results/plan_growth.csv holds 10^5 shards and 10^10 rows."""
+    words = [sys.executable, "scripts/plan_growth.py", "--shards", "10000", "--results", str(tmp_path / "g.csv")]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "at most 4 shards open" in done.stdout
+    rows = [line.split(",") for line in (tmp_path / "g.csv").read_text().splitlines()[1:]]
+    assert [row[3] for row in rows][1:] == ["dataset", "sampler and first batch", "a whole epoch's batches"]
+    assert all(float(row[5]) < 50 for row in rows[1:])  # MiB beside the cache's own arrays

@@ -1,0 +1,82 @@
+"""Two processes write the same shards of one cache, with other values: what ends up there is of one of them, whole."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_caches import STORES, some_documents, some_settings
+
+from storage_specs import CacheWriter, make_plan
+from storage_specs.reader import open_cache
+from storage_specs.verification import verify_cache
+
+SHARDS = 12
+# argv: output, store, whose values. "ready" is printed, and one line waited for, so that both start together.
+WRITE = """
+import dataclasses, sys
+from small_caches import some_documents, some_settings
+from storage_specs import CacheWriter, make_plan
+output, store, mine = sys.argv[1], sys.argv[2], float(sys.argv[3])
+documents = some_documents(48, words=60)
+plan = make_plan(documents, 4)
+documents = [dataclasses.replace(one, gold_logprob=one.gold_logprob * 0 - mine) for one in documents]
+print("ready", flush=True)
+sys.stdin.readline()
+writer = CacheWriter(output, some_settings(store=store), plan)
+for shard in range(len(plan.shards)):
+    writer.write_shard(shard, documents[shard * 4 : shard * 4 + 4])
+writer.finalize()
+"""
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("attempt", range(3))
+def test_every_shard_is_of_one_writer_and_the_cache_is_whole(tmp_path: Path, store: str, attempt: int) -> None:
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{here.parents[1]}:{here}"}
+    command = [sys.executable, "-c", WRITE, str(tmp_path / "cache"), store]
+    writers = [
+        subprocess.Popen(
+            [*command, value], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment,
+        )
+        for value in ("1", "2")
+    ]  # fmt: skip
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    outs = [writer.communicate(timeout=200) for writer in writers]
+    assert [writer.returncode for writer in writers] == [0, 0], outs
+    assert verify_cache(tmp_path / "cache").ok
+    cache = open_cache(tmp_path / "cache")
+    assert len(cache.documents_per_shard) == SHARDS
+    for shard in range(SHARDS):
+        values = np.concatenate([document.gold_logprob for document in cache.shard(shard)])
+        assert len(np.unique(values)) == 1
+        np.testing.assert_allclose(np.abs(values - np.round(values)), 0, atol=1e-3)
+
+
+def test_a_shard_that_came_in_between_stays_and_a_damaged_one_is_replaced(tmp_path: Path) -> None:
+    documents = some_documents(4)
+    plan = make_plan(documents, 2)
+    first, second = (CacheWriter(tmp_path / "cache", some_settings(), plan) for _ in range(2))
+    record = first.write_shard(0, documents[:2])
+    before = (tmp_path / "cache" / record.name).stat().st_mtime_ns
+    second.write_shard(0, documents[:2])
+    assert (tmp_path / "cache" / record.name).stat().st_mtime_ns == before
+    victim = tmp_path / "cache" / record.objects[0].name
+    victim.write_bytes(victim.read_bytes()[:-1])
+    third = CacheWriter(tmp_path / "cache", some_settings(), plan)
+    third.write_shard(0, documents[:2])
+    assert (tmp_path / "cache" / record.name).stat().st_mtime_ns > before
+    third.write_shard(1, documents[2:])
+    third.finalize()
+    second.write_shard(1, documents[2:])  # a late worker finds its shard done, and the cache finished
+    assert verify_cache(tmp_path / "cache").ok
