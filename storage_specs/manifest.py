@@ -30,12 +30,13 @@ class Manifest:
     cache_id: sha256 (hex) of all the others. teacher, tokenizer, chat_template, engine, windows: as the builder gave
     them. corpus: {digest, documents}. k, k_ids, vocab_size, store: see `CacheSettings`. codec: {profile, parameters,
     bound_l1_error, max_l1_error, p99_l1_error, mean_l1_error}: the bound is proven, the others measured. held_out:
-    {rule, documents}. drift: `storage_specs.drift`. rank_edges: ranks between which the bins of the tail lie, None without bins. counts: {documents,
-    rows, end_rows, empty_documents, text_bytes, unscored_bytes}. plan, shards, documents, vocabulary (None without
-    ids): the objects plan.json, shards.parquet, documents.parquet, vocabulary.parquet. config_digest: of the builder's
-    settings. replaces: cache_ids of the caches that repairs of this one replaced, the latest last; empty in one as it
-    was built. generation: how the teacher wrote the completions, and how many were `refused`; None where it scored
-    given texts. text: whether the documents' texts are kept.
+    {rule, documents}. drift: `storage_specs.drift`. rank_edges: ranks between which the bins of the tail lie, None
+    without bins. counts: {documents, rows, end_rows, empty_documents, text_bytes, unscored_bytes}. plan, shards,
+    documents, vocabulary (None without ids): the objects plan.json, shards.parquet, documents.parquet,
+    vocabulary.parquet. config_digest: of the builder's settings. replaces: cache_ids of the caches that repairs of
+    this one replaced, the latest last; empty in one as it was built. generation: how the teacher wrote the
+    completions, and how many were `refused`; None where it scored given texts. text: whether the documents' texts are
+    kept.
     """
 
     spec_version: int
