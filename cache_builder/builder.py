@@ -21,6 +21,7 @@ from cache_builder.ray_launcher import ray_actors
 from cache_builder.replicas import replicas
 from cache_builder.rows import Cutter
 from cache_builder.sampling import Sampling
+from cache_builder.self_check import DEFAULT_TOKENS
 from cache_builder.shard_worker import Recipe, ShardWorker, make_prompt
 from cache_builder.teacher import Teacher, endpoint_teacher, find_teacher
 from storage_specs.codecs import PROFILES, sketch
@@ -56,8 +57,8 @@ class BuildConfig:
     documents only ids and byte ranges; whoever reads the cache must have the corpus.
     mode, temperature to max_tokens: see `Sampling`, which has the defaults; for mode generate only. base_url to
     vocab_size: see `ServerEngine` and `endpoint_teacher`; for engine server only. launcher: where the
-    data_parallel_size replicas run, on this machine (local) or as actors of a Ray cluster (ray). engine_arguments:
-    passed through to vLLM.
+    data_parallel_size replicas run, on this machine (local) or as actors of a Ray cluster (ray). self_check: tokens
+    that each worker first compares with an independent forward pass, 0 for none. engine_arguments: passed to vLLM.
     """
 
     teacher: str
@@ -102,6 +103,7 @@ class BuildConfig:
     vocab_size: int | None = None
     launcher: str = "local"
     data_parallel_size: int = 1
+    self_check: int = DEFAULT_TOKENS
     engine_arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -311,6 +313,7 @@ def prepare(config: BuildConfig) -> Preparation:
         engine_config=engine.config,
         cutter=cutter,
         sampling=sampling,
+        self_check=config.self_check,
     )
     prepared = Preparation(documents=documents, engine=engine, recipe=recipe)
     return prepared if config.extend is None else extended(prepared, config.extend, config.documents_per_shard)

@@ -7,7 +7,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +22,7 @@ from cache_builder.progress import Progress, Work
 from cache_builder.prompts import prompt_ids, prompt_text, turns_of
 from cache_builder.rows import Cutter
 from cache_builder.sampling import Sampling
+from cache_builder.self_check import check_engine
 from storage_specs.document import CachedDocument, Document
 from storage_specs.errors import ConfigError
 from storage_specs.generated import generation_record
@@ -33,6 +36,7 @@ class Recipe:
     """What a worker must know beside its shards' documents; may be pickled. output: the cache's folder.
 
     sampling: in mode generate, where the plan's documents are prompts; None where they are scored as they are.
+    self_check: tokens of its first shard that a worker scores twice (`self_check.check_engine`), 0 for none.
     """
 
     output: str | Path
@@ -42,6 +46,7 @@ class Recipe:
     engine_config: EngineConfig
     cutter: Cutter
     sampling: Sampling | None = None
+    self_check: int = 0
 
     def writer(self) -> CacheWriter:
         """Of the place, which is free or holds the same plan. Raises what `CacheWriter` raises."""
@@ -68,10 +73,21 @@ class ShardWorker:
         Raises EngineError, TokenizerError, ChatTemplateError, StorageFullError, OutputFolderError.
         """
         written: deque[tuple[int, Work]] = deque()
-        with BackgroundWriter(self.writer.write_shard, lambda: done(*written.popleft())) as writing:
-            for opened, cached in self.finished(jobs, progress):
+        jobs = iter(jobs)
+        first = next(jobs, None)
+        if first is None:
+            return
+        write = partial(self.writer.write_shard, drift=self.drift(first))
+        with BackgroundWriter(write, lambda: done(*written.popleft())) as writing:
+            for opened, cached in self.finished(chain([first], jobs), progress):
                 written.append((opened.shard, opened.work))
                 writing.put(opened.shard, cached)
+
+    def drift(self, first: Job) -> dict[str, Any] | None:
+        """What the engine's rows of its first shard differ by from an independent forward pass. Raises EngineError."""
+        if self.recipe.sampling is not None or self.recipe.engine == "server" or not self.recipe.self_check:
+            return None
+        return check_engine(self.engine, self.recipe.cutter, first[1], self.recipe.self_check)
 
     def finished(self, jobs: Iterable[Job], progress: Progress) -> Iterator[tuple[OpenShard, list[CachedDocument]]]:
         """Every job's documents with their rows, scored as they are, or answered where they are prompts; in order."""

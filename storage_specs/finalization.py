@@ -8,6 +8,7 @@ from storage_specs import manifest as manifest_json
 from storage_specs import plan, shard_table, vocabulary_table
 from storage_specs.columns import RowShape
 from storage_specs.document import HELD_OUT_RULE, is_held_out
+from storage_specs.drift import worst_drift
 from storage_specs.errors import (
     CacheMismatchError,
     IncompleteCacheError,
@@ -109,6 +110,7 @@ def manifest_bytes(
                 "rule": HELD_OUT_RULE,
                 "documents": sum(is_held_out(doc_id) for record in records for doc_id in record.doc_ids),
             },
+            "drift": worst_drift(record.drift for record in records),
             "rank_edges": shape.rank_edges and list(shape.rank_edges),
             "counts": counts_of(records),
             "plan": StoredObject.of(plan.NAME, objects.read_within(plan.NAME, plan.MAX_BYTES)).to_json(),

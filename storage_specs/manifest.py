@@ -8,6 +8,7 @@ from typing import Any
 from storage_specs import plan
 from storage_specs.columns import RowShape
 from storage_specs.document import canonical_json
+from storage_specs.drift import drift_problem
 from storage_specs.errors import ConfigError, IncompleteCacheError, MalformedObjectError, NotACacheError
 from storage_specs.objects import Objects
 from storage_specs.sealed_json import seal, unseal
@@ -35,12 +36,13 @@ class Manifest:
     cache_id: sha256 (hex) of all the others. teacher, tokenizer, chat_template, engine, windows: as the builder gave
     them. corpus: {digest, documents}. k, k_ids, vocab_size, store: see `CacheSettings`. codec: {profile, parameters,
     bound_l1_error, max_l1_error, p99_l1_error, mean_l1_error}: the bound is proven, the others measured. held_out:
-    {rule, documents}. rank_edges: ranks between which the bins of the tail lie, None without bins. counts: {documents,
-    rows, end_rows, empty_documents, text_bytes, unscored_bytes}. plan, shards, documents, vocabulary (None without
-    ids): the objects plan.json, shards.parquet, documents.parquet, vocabulary.parquet. config_digest: of the builder's
-    settings. replaces: cache_ids of the caches that repairs of this one replaced, the latest last; empty in one as it
-    was built. generation: how the teacher wrote the completions, and how many were `refused`; None where it scored
-    given texts. text: whether the documents' texts are kept.
+    {rule, documents}. drift: `storage_specs.drift`. rank_edges: ranks between which the bins of the tail lie, None
+    without bins. counts: {documents, rows, end_rows, empty_documents, text_bytes, unscored_bytes}. plan, shards,
+    documents, vocabulary (None without ids): the objects plan.json, shards.parquet, documents.parquet,
+    vocabulary.parquet. config_digest: of the builder's settings. replaces: cache_ids of the caches that repairs of
+    this one replaced, the latest last; empty in one as it was built. generation: how the teacher wrote the
+    completions, and how many were `refused`; None where it scored given texts. text: whether the documents' texts are
+    kept.
     """
 
     spec_version: int
@@ -57,6 +59,7 @@ class Manifest:
     store: str
     codec: dict[str, Any]
     held_out: dict[str, Any]
+    drift: dict[str, Any] | None
     rank_edges: list[int] | None
     counts: dict[str, int]
     plan: StoredObject
@@ -179,6 +182,8 @@ def _problem_of(manifest: Manifest) -> str | None:
             return f"{stored.name} has {stored.size} bytes, above the limit of {MAX_OBJECT_BYTES}"
     if manifest.store not in STORES:
         return f"store {manifest.store!r} is none of {', '.join(STORES)}"
+    if problem := drift_problem(manifest.drift):
+        return problem
     edges = manifest.row_shape.rank_edges
     if manifest.rank_edges != (None if edges is None else list(edges)):
         return f"rank_edges are {manifest.rank_edges!r:.100}, but those of its codec are {edges!r:.100}"

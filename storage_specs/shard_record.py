@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any
 
+from storage_specs.drift import drift_problem
 from storage_specs.errors import CorruptCacheError, MalformedObjectError, SpecVersionError
 from storage_specs.l1_errors import L1Errors
 from storage_specs.objects import Objects
@@ -22,7 +23,7 @@ class ShardRecord:
     parts: how those objects are cut that have more than one part, by name. l1_errors: what storing its values cost.
     unscored_bytes: of scored spans. replaces: cache_ids of the caches that the repair which wrote it replaced, the
     latest last; none in a shard as it was built. generation: `generated.generation_record` where the teacher wrote the
-    documents, else None.
+    documents, else None. drift: what the run that wrote it measured of its engine (`storage_specs.drift`), or None.
     """
 
     shard: int
@@ -37,6 +38,7 @@ class ShardRecord:
     parts: dict[str, Parts]
     replaces: tuple[str, ...] = ()
     generation: dict[str, Any] | None = None
+    drift: dict[str, Any] | None = None
 
     def _check_types(self) -> None:
         """Raises ValueError where a field has another type, or documents another number, than any record's."""
@@ -82,6 +84,8 @@ class ShardRecord:
                 name: Parts.from_json(parts, stored[name], place) for name, parts in value["parts"].items()
             }
             value["l1_errors"] = L1Errors.from_json(value["l1_errors"])
+            if problem := drift_problem(value["drift"]):
+                raise ValueError(problem)
             for key in ("doc_ids", "document_rows", "document_text_bytes", "replaces"):
                 value[key] = tuple(value[key])
             record = cls(**value)

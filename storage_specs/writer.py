@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from storage_specs import row_coding
 from storage_specs.column_building import columns_of
@@ -30,8 +31,10 @@ class CacheWriter(PlannedCache):
         vocabulary = None if settings.vocabulary is None else vocabulary_to_bytes(settings.vocabulary)
         super().__init__(path, settings.config, plan, vocabulary)
 
-    def write_shard(self, shard: int, documents: Sequence[CachedDocument]) -> ShardRecord:
-        """Write one shard, its record last. `documents`: those of the plan, in its order.
+    def write_shard(
+        self, shard: int, documents: Sequence[CachedDocument], drift: dict[str, Any] | None = None
+    ) -> ShardRecord:
+        """Write one shard, its record last. `documents`: those of the plan, in its order. drift: see `ShardRecord`.
 
         Raises InvalidDocumentError before anything is written, ConfigError (no such shard, or a finished cache),
         CacheMismatchError (another build was faster to claim the place), StorageFullError (what was written of the
@@ -40,6 +43,7 @@ class CacheWriter(PlannedCache):
         if not 0 <= shard < len(self.plan.shards):
             raise ConfigError(f"shard {shard} is not in the plan, which has {len(self.plan.shards)}")
         record, contents = encoded_shard(shard, documents, self.settings, self.plan.doc_ids_of(shard))
+        record = replace(record, drift=drift)
         self.commit_shard(record, contents)
         return record
 

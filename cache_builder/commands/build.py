@@ -68,6 +68,7 @@ def parser(command: str = "build", *, without: Collection[str] = (), optional: C
     add("--store", metavar="NAME", help="zarr | arrow (zarr)")
     add("--profile", metavar="NAME", help="how values are stored: exact | half | compact | sketch (compact)")
     add("--tail_bins", type=int, metavar="N", help="profile sketch: masses kept of the tail's log-spaced ranks (20)")
+    add("--self_check", type=int, metavar="N", help="first tokens compared with an independent forward (512; 0 = none)")
     add("--documents_per_shard", type=int, metavar="N", help="documents per shard, the unit of resuming (256)")
     add("--shard_range", type=_shard_range, metavar="A:B", help="only shards A to B - 1 of the plan, for job arrays")
     add("--data_parallel_size", type=int, metavar="N", help="replicas of the teacher, one process and GPU each (1)")

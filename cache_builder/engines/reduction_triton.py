@@ -1,13 +1,14 @@
-"""Triton kernels of `reduction.reduce_rows`: one read of the logits for the top-k, two more for the sketch's tail bins.
+"""Triton kernels of `reduction.reduce_rows`: one read of the logits for the top-k, one more for a sketch's tail bins.
 
 One program per row of logits:
 
     scan    reads the row once: log-sum-exp, the maximum of every group of words, the smallest finite value
     select  takes the K groups with the largest maxima (a value outside them is smaller than K group maxima, so it
             cannot be among the top K) and sorts the exact top K out of them
-    tail    only for a sketch: a coarse histogram of the values below the K-th places a threshold near every rank edge;
-            a second read counts and sums the values above every threshold exactly; the few ranks by which a threshold
-            missed its edge are made good at the threshold's own value. An error is thus (ranks missed / rank) squared.
+    histogram, bins   only for a sketch: read the row again, into a histogram of 1,024 steps; sum words and masses from
+            the K-th value down to every rank edge
+
+The histogram counts in shared memory, by PTX of its own: `tl.histogram` of Triton 3.6 takes ten times as long.
 
 Import this module only where triton is installed. Legend: B rows, V words, G groups of words, K ranks, C candidates (a
 power of two above K), J tail bins, S steps of the histogram, W = 1 + K + J; GP, JP: rounded up to a power of two.
@@ -20,7 +21,7 @@ import triton.language as tl
 # ruff: noqa: SIM108 (the compiler wants statements, not expressions)
 
 GROUP = 128
-STEPS = 256
+STEPS = 1024  # as declared in `_clear`
 LONGEST_TAIL = 24.0  # nats below the K-th value that the histogram spans; what lies deeper has no mass
 
 
@@ -33,17 +34,6 @@ def _sort_key(values):
     else:
         bits = values.to(tl.int32, bitcast=True)
         return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _next_above(values):
-    """float32: for 16-bit values the next larger one (of the same sign); float32 values themselves."""
-    if values.dtype.primitive_bitwidth == 16:
-        bits = values.to(tl.int16, bitcast=True)
-        bits += tl.where(bits >= 0, 1, -1).to(tl.int16)
-        return bits.to(values.dtype, bitcast=True).to(tl.float32)
-    else:
-        return values
 
 
 @triton.jit
@@ -191,62 +181,105 @@ def select_kernel(
 
 
 @triton.jit
-def tail_kernel(
-    logits_BV, row_stride, lse_B, kth_B, smallest_B, edges_J1, values_BW, V, W, longest,
-    K: tl.constexpr, J: tl.constexpr, JP: tl.constexpr, S: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr,
+def _span(kth, smallest, longest):
+    """Nats below the K-th value that the histogram covers."""
+    return tl.minimum(tl.maximum(kth - tl.load(smallest), 1e-6), longest)
+
+
+@triton.jit
+def _clear(step):
+    """Declares the histogram in shared memory (once per kernel: this is a declaration) and clears its steps."""
+    tl.inline_asm_elementwise(
+        ".shared .align 16 .b32 histogram[1024]; mov.b32 $0, $1;", "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1
+    )
+    tl.inline_asm_elementwise(
+        "{ .reg .b32 place; mov.b32 place, histogram; mad.lo.u32 place, $1, 4, place;"
+        " st.shared.u32 [place], 0; mov.b32 $0, 0; }",
+        "=r,r", [step], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _count(step):
+    """One more word in each of these steps."""
+    tl.inline_asm_elementwise(
+        "{ .reg .b32 place; mov.b32 place, histogram; mad.lo.u32 place, $1, 4, place;"
+        " red.shared.add.u32 [place], 1; mov.b32 $0, 0; }",
+        "=r,r", [step], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _counted(step):
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 place; mov.b32 place, histogram; mad.lo.u32 place, $1, 4, place; ld.shared.u32 $0, [place]; }",
+        "=r,r", [step], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def histogram_kernel(
+    logits_BV, row_stride, kth_B, smallest_B, counts_BS, V, longest,
+    S: tl.constexpr, TILE: tl.constexpr, ATOMICS: tl.constexpr,
 ):  # fmt: skip
-    """Masses of the sorted tail between the rank edges, without sorting."""
+    """How many words of a row lie how deep below its K-th value, in steps that widen as the square root of the depth.
+
+    Fine where single words have mass. The last step holds what can never come, and what lies beyond the vocabulary.
+    """
     row = tl.program_id(0).to(tl.int64)
     source = logits_BV + row * row_stride
-    lse, kth = tl.load(lse_B + row), tl.load(kth_B + row)
-    span = tl.minimum(tl.maximum(kth - tl.load(smallest_B + row), 1e-6), longest)
-
-    lane = tl.arange(0, TILE)
+    kth = tl.load(kth_B + row)
+    scale = 1.0 / _span(kth, smallest_B + row, longest)
+    lane, step = tl.arange(0, TILE), tl.arange(0, S)
     counts = tl.zeros((S,), tl.int32)
-    absent = tl.zeros((TILE,), tl.int32)
+    if ATOMICS:
+        _clear(step)
+        tl.debug_barrier()
     for start in range(0, V, TILE):
         values = tl.load(source + start + lane, mask=start + lane < V, other=float("-inf")).to(tl.float32)
-        # Finer steps near the K-th value, where single words have mass.
-        step = tl.minimum(tl.sqrt(tl.maximum((kth - values) / span, 0.0)) * S, S - 1.0)
-        counts += tl.histogram(step.to(tl.int32), S)
-        absent += (values == float("-inf")).to(tl.int32)
-    step = tl.arange(0, S)
-    counts = tl.where(step == S - 1, counts - tl.sum(absent, 0), counts)
-    below = tl.cumsum(counts, 0)
-    before = below - counts
-    bin = tl.arange(0, JP)
-    edge = tl.load(edges_J1 + 1 + bin, mask=bin < J, other=V)
-    owner = tl.sum((below[None, :] <= edge[:, None]).to(tl.int32), 1)
-    is_owner = step[None, :] == owner[:, None]
-    into = (edge - tl.sum(tl.where(is_owner, before[None, :], 0), 1)).to(tl.float32)
-    held = tl.sum(tl.where(is_owner, counts[None, :], 0), 1).to(tl.float32)
-    # The head lies in step 0, its ranks first, all at the upper end.
-    head = tl.where(owner == 0, K * 1.0, 0.0)
-    depth = (owner + tl.maximum(into - head, 0.0) / tl.maximum(held - head, 1.0)) / S
-    # Edges beyond the words that can come at all (the last edge always is) take everything.
-    threshold = tl.where(owner == S, float("-inf"), kth - span * depth * depth)
-    # 16-bit logits tie, so thresholds are values that they can have: `lowest` is the next one above.
-    rounded = threshold.to(logits_BV.dtype.element_ty)
-    lowest = _next_above(rounded)
-    threshold = rounded.to(tl.float32)
+        reached = tl.sqrt(tl.maximum((kth - values) * scale, 0.0)) * (S - 2)
+        reached_step = tl.minimum(reached, S - 1.0).to(tl.int32)
+        if ATOMICS:
+            _count(reached_step)
+        else:
+            counts += tl.histogram(reached_step, S)
+    if ATOMICS:
+        tl.debug_barrier()
+        counts = _counted(step)
+    tl.store(counts_BS + row * S + step, counts)
 
-    part = tl.arange(0, PART)
-    number = tl.zeros((JP, PART), tl.int32)
-    mass = tl.zeros((JP, PART), tl.float32)
-    in_head = tl.zeros((PART,), tl.int32)
-    for start in range(0, V, PART):
-        z = tl.load(source + start + part, mask=start + part < V, other=float("-inf")).to(tl.float32)
-        in_head += (z > kth).to(tl.int32)
-        share = tl.where(z > kth, 0.0, tl.exp(z - lse))
-        over = z[None, :] > threshold[:, None]
-        number += over.to(tl.int32)
-        mass += tl.where(over, share[None, :], 0.0)
-    # Words of the head that equal its last one were counted among the tail.
-    equal = (K - tl.sum(in_head, 0)) * tl.exp(kth - lse)
-    missed = edge - tl.sum(number, 1)
-    made_good = missed.to(tl.float32) * tl.exp(tl.where(missed > 0, threshold, lowest) - lse)
-    reached = tl.sum(mass, 1) - equal + made_good
-    tl.store(values_BW + row * W + 1 + K + bin, tl.maximum(reached, 0.0), mask=bin < J)
+
+@triton.jit
+def bins_kernel(
+    counts_BS, lse_B, kth_B, smallest_B, edges_J1, values_BW, V, W, longest,
+    K: tl.constexpr, C: tl.constexpr, J: tl.constexpr, JP: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """Mass of one row's sorted tail from the K-th value to each rank edge; the words of a step lie evenly in it."""
+    row = tl.program_id(0).to(tl.int64)
+    lse, kth = tl.load(lse_B + row), tl.load(kth_B + row)
+    span = _span(kth, smallest_B + row, longest)
+    step = tl.arange(0, S)
+    counts = tl.load(counts_BS + row * S + step)
+    counts = tl.where(step == 0, counts - K, counts)  # without the head
+    below = tl.cumsum(counts, 0)
+    upper, lower = step * (1.0 / (S - 2)), (step + 1) * (1.0 / (S - 2))
+    each = tl.exp(kth - lse - span * 0.5 * (upper * upper + lower * lower))
+    each = tl.where(step < S - 1, each, 0.0)
+    mass = tl.cumsum(counts.to(tl.float32) * each, 0)
+    bin = tl.arange(0, JP)
+    edge = tl.load(edges_J1 + 1 + bin, mask=bin < J, other=V) - K
+    whole = below[None, :] <= edge[:, None]
+    owner = tl.sum(whole.to(tl.int32), 1)
+    rest = edge - tl.max(tl.where(whole, below[None, :], 0), 1)
+    of_owner = tl.sum(tl.where(step[None, :] == owner[:, None], each[None, :], 0.0), 1)
+    reached = tl.max(tl.where(whole, mass[None, :], 0.0), 1) + rest.to(tl.float32) * of_owner
+    # The masses are estimates, their sum is known.
+    rank = tl.arange(0, C)
+    head = tl.load(values_BW + row * W + 1 + rank, mask=rank < K, other=float("-inf"))
+    tail = tl.maximum(1.0 - tl.sum(tl.exp(head), 0), 0.0)
+    total = tl.max(mass, 0)
+    reached *= tl.where(total > 0, tail / tl.where(total > 0, total, 1.0), 0.0)
+    tl.store(values_BW + row * W + 1 + K + bin, reached, mask=bin < J)
 
 
 def reduce_rows_triton(
@@ -278,9 +311,14 @@ def reduce_rows_triton(
     )  # fmt: skip
     if bins:
         edges_J1 = torch.tensor(rank_edges, dtype=torch.int32, device=logits_BV.device)
-        tail_kernel[(rows,)](
-            logits_BV, logits_BV.stride(0), lse_B, kth_B, smallest_B, edges_J1, values_BW, vocabulary, width,
-            LONGEST_TAIL, K=k, J=bins, JP=triton.next_power_of_2(bins), S=STEPS, TILE=2048, PART=512, num_warps=8,
+        counts_BS = new((rows, STEPS), dtype=torch.int32)
+        histogram_kernel[(rows,)](
+            logits_BV, logits_BV.stride(0), kth_B, smallest_B, counts_BS, vocabulary, LONGEST_TAIL,
+            S=STEPS, TILE=8192, ATOMICS=logits_BV.is_cuda and torch.version.hip is None, num_warps=8,
+        )  # fmt: skip
+        bins_kernel[(rows,)](
+            counts_BS, lse_B, kth_B, smallest_B, edges_J1, values_BW, vocabulary, width, LONGEST_TAIL,
+            K=k, C=candidates, J=bins, JP=triton.next_power_of_2(bins), S=STEPS, num_warps=8,
         )  # fmt: skip
         reached_BJ = values_BW[:, 1 + k :]
         reached_BJ[:, 1:] = (reached_BJ[:, 1:] - reached_BJ[:, :-1]).clamp(min=0)

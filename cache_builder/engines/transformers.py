@@ -26,14 +26,14 @@ LOGITS_PER_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 class TransformersEngine:
-    """Scores windows with `AutoModelForCausalLM` on the GPU if there is one, else on the CPU."""
+    """Scores windows with `AutoModelForCausalLM`; device None is the GPU if there is one, else the CPU."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, device: str | None = None) -> None:
         if config.arguments:
             names = ", ".join(config.arguments)
             raise ConfigError(f"{names}: an argument of the vllm engine, but the engine is transformers")
         self.config = config
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._model: torch.nn.Module | None = None
 
     def describe(self) -> dict[str, Any]:
