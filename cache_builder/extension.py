@@ -13,7 +13,7 @@ from storage_specs.plan import make_plan
 from storage_specs.planned_cache import PlannedCache
 
 if TYPE_CHECKING:
-    from cache_builder.builder import Preparation
+    from cache_builder.preparation import Preparation
 
 
 def extended(prepared: "Preparation", old: str | os.PathLike[str], documents_per_shard: int) -> "Preparation":

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cache_builder.builder import SAMPLING, BuildConfig, Preparation, prepare
+from cache_builder.build_config import SAMPLING, BuildConfig
+from cache_builder.preparation import Preparation, prepare
 from cache_builder.progress import Progress
 from cache_builder.shard_worker import Recipe, ShardWorker
 from storage_specs import manifest as manifest_json

@@ -51,7 +51,8 @@ import torch
 import transformers
 
 from cache_builder import builder
-from cache_builder.builder import BuildConfig, build
+from cache_builder.build_config import BuildConfig
+from cache_builder.builder import build
 from cache_builder.engines.transformers import TransformersEngine
 from cache_builder.teacher import Teacher
 from storage_specs import planned_cache, writer

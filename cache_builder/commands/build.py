@@ -99,7 +99,8 @@ def run(arguments: Sequence[str]) -> int:
     """Build, and say what was done."""
     namespace, extras = parse(parser(), arguments, engine_argument_names)
     values = {name: value for name, value in vars(namespace).items() if name != "config"}
-    from cache_builder.builder import BuildConfig, build
+    from cache_builder.build_config import BuildConfig
+    from cache_builder.builder import build
     from cache_builder.inspection import build_summary
 
     report = build(BuildConfig(**values, engine_arguments=extras))

@@ -28,8 +28,9 @@ def run(arguments: Sequence[str]) -> int:
     for name, value in (("tokens_per_second", given), ("probe", seconds)):
         if value is not None and not value > 0:
             raise ConfigError(f"{name} is {value}, but must be above 0")
-    from cache_builder.builder import BuildConfig, prepare
+    from cache_builder.build_config import BuildConfig
     from cache_builder.cost_sheet import describe, probe, workload_of
+    from cache_builder.preparation import prepare
 
     config = BuildConfig(**values, engine_arguments=extras)
     prepared = prepare(config)

@@ -15,7 +15,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_teacher import VOCABULARY, make_tiny_teacher, write_corpus
 
-from cache_builder.builder import BuildConfig, build
+from cache_builder.build_config import BuildConfig
+from cache_builder.builder import build
 from cache_builder.engines.transformers import TransformersEngine
 from cache_builder.rows import cached_document
 from storage_specs.errors import CacheMismatchError, ChatTemplateError, ConfigError, EngineError, OutputFolderError

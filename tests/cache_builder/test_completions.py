@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cache_builder.records import Record
 
 from cache_builder.completions import completed
 from cache_builder.engines.base import WindowScores

@@ -7,11 +7,13 @@ import pytest
 from tiny_teacher import make_tiny_teacher, write_corpus
 
 from cache_builder import cost_sheet
-from cache_builder.builder import BuildConfig, build, prepare
+from cache_builder.build_config import BuildConfig
+from cache_builder.builder import build
 from cache_builder.commands import build as build_command
 from cache_builder.commands import plan as plan_command
 from cache_builder.cost_sheet import break_even, bytes_per_row, probe, workload_of
 from cache_builder.main import main
+from cache_builder.preparation import prepare
 from storage_specs.codecs import PROFILES
 from storage_specs.errors import ConfigError
 

@@ -8,7 +8,8 @@ import pytest
 from tiny_teacher import files_of, make_tiny_teacher, write_corpus
 
 from cache_builder import shard_worker
-from cache_builder.builder import BuildConfig, build
+from cache_builder.build_config import BuildConfig
+from cache_builder.builder import build
 from cache_builder.engines.transformers import TransformersEngine
 from storage_specs.errors import CacheMismatchError, CorpusError
 from storage_specs.merging import merge_caches

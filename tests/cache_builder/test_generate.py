@@ -15,8 +15,10 @@ import transformers
 from building import digests
 from tiny_teacher import VOCABULARY, make_tiny_teacher
 
-from cache_builder.builder import BuildConfig, build, prepare
+from cache_builder.build_config import BuildConfig
+from cache_builder.builder import build
 from cache_builder.engines.transformers_generate import TransformersGenerator, draw
+from cache_builder.preparation import prepare
 from cache_builder.shard_worker import ShardWorker
 from storage_specs.errors import CacheMismatchError, ConfigError
 from storage_specs.generated import prompt_of

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_teacher import make_tiny_teacher, write_corpus
 
-from cache_builder.builder import BuildConfig
+from cache_builder.build_config import BuildConfig
 from cache_builder.commands import build as build_command
 from cache_builder.inspection import column_bytes
 from cache_builder.main import main

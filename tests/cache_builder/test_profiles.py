@@ -8,7 +8,8 @@ import torch
 import transformers
 from tiny_teacher import VOCABULARY, make_tiny_teacher, write_corpus
 
-from cache_builder.builder import BuildConfig, build
+from cache_builder.build_config import BuildConfig
+from cache_builder.builder import build
 from storage_specs import open_cache, verify_cache
 from storage_specs.errors import ConfigError
 from storage_specs.sketch import bin_masses, expand_sorted

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from tiny_teacher import files_of, make_tiny_teacher, write_corpus
 
-from cache_builder.builder import BuildConfig, build
+from cache_builder.build_config import BuildConfig
+from cache_builder.builder import build
 from cache_builder.engines.transformers import TransformersEngine
 from storage_specs.errors import CacheInUseError, CacheMismatchError, EngineError
 from storage_specs.garbage import collect_garbage

@@ -10,7 +10,8 @@ from building import children, digests, records, run_build, start_build, wait_un
 from safetensors.torch import load_file, save_file
 from tiny_teacher import make_tiny_teacher, write_corpus
 
-from cache_builder.builder import BuildConfig, build
+from cache_builder.build_config import BuildConfig
+from cache_builder.builder import build
 from cache_builder.replicas import _devices
 from storage_specs.errors import ConfigError
 from storage_specs.verification import verify_cache

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from tiny_teacher import make_tiny_teacher, write_corpus
 
-from cache_builder.builder import BuildConfig, build
+from cache_builder.build_config import BuildConfig
+from cache_builder.builder import build
 from cache_builder.engines.base import WindowScores
 from cache_builder.engines.transformers import TransformersEngine
 from cache_builder.self_check import drift_between

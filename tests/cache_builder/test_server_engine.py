@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from endpoints import Answer, endpoint
 
-from cache_builder.builder import BuildConfig, build
+from cache_builder.build_config import BuildConfig
+from cache_builder.builder import build
 from cache_builder.engines import http_client
 from cache_builder.engines.http_client import HttpClient, backoff, retry_after
 from cache_builder.main import main

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache_builder.builder import BuildConfig, build
+from cache_builder.build_config import BuildConfig
+from cache_builder.builder import build
 from storage_specs.errors import EngineError
 from storage_specs.reader import Cache, open_cache
 from storage_specs.verification import verify_cache
