@@ -3,10 +3,10 @@
 import os
 from collections import Counter
 from io import BytesIO
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from storage_specs.reader import Cache, open_cache
+from storage_specs.row_coding import id_columns
 from storage_specs.shard_bytes import ObjectParts
 from storage_specs.stored_object import StoredObject
 
@@ -19,7 +19,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     """JSON-able facts from the manifest and from the sizes of the objects. Raises NotACacheError, CorruptCacheError."""
     cache = open_cache(path)
     manifest, columns = cache.manifest, column_bytes(cache)
-    rows = manifest.counts["rows"]
+    rows, ids = manifest.counts["rows"], id_columns(manifest.row_shape)
     return {
         "cache_id": manifest.cache_id,
         "store": manifest.store,
@@ -32,6 +32,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         "shards": len(cache.documents_per_shard),
         "bytes": sum(columns.values()),
         "bytes_per_row": sum(columns.values()) / rows if rows else None,
+        "bytes_per_row_without_ids": sum(columns[name] for name in columns if name not in ids) / rows if rows else None,
         "bytes_by_column": columns,
         "teacher": manifest.teacher,
         "tokenizer": manifest.tokenizer,
@@ -39,6 +40,10 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         "engine": manifest.engine,
         "windows": manifest.windows,
         "corpus": manifest.corpus,
+        "text": manifest.text,
+        "generation": manifest.generation,
+        "drift": manifest.drift,
+        "replaces": manifest.replaces,
         "config_digest": manifest.config_digest,
     }
 
@@ -76,17 +81,33 @@ def describe(facts: dict[str, Any]) -> str:
         f"rows       {rows:,} ({counts['end_rows']:,} end rows); {counts['unscored_bytes']:,} of "
         f"{counts['text_bytes']:,} text bytes in scored spans have no row",
         f"values     top {facts['k']} of {facts['vocab_size']:,}, ids of the first {facts['k_ids']}; profile "
-        f"{codec['profile']}, L1 error at most {codec['max_l1_error']:.2e}",
+        f"{codec['profile']}",
+        "L1 error   "
+        + ", ".join(f"{name} {codec[f'{name}_l1_error']:.2e}" for name in ("mean", "p99", "max", "bound")),
         f"teacher    {teacher['name']}, {teacher['dtype']}, weights {teacher['weights_digest'] or 'none'}",
         f"tokenizer  {facts['tokenizer']['digest']}",
         f"template   {facts['chat_template']['digest'] if facts['chat_template'] else 'none'}",
         f"engine     {engine['name']} {engine['version']}, {engine['dtype']}, attention {engine['attention_backend']}, "
         f"windows of {facts['windows']['max_model_len']} tokens overlapping {facts['windows']['overlap']}",
-        f"size       {facts['bytes']:,} bytes" + (f", {facts['bytes_per_row']:.1f} per row" if rows else ""),
+        *_size_lines(facts),
     ]
+    if facts["drift"] is not None:
+        gold, probs = facts["drift"]["gold_logprob"], facts["drift"]["probs"]
+        lines.append(
+            f"drift      from {facts['drift']['reference']}: gold {gold['p50']:.1e} nats (p99 {gold['p99']:.1e}), "
+            f"probabilities {probs['p50']:.1e} (p99 {probs['p99']:.1e})"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _size_lines(facts: dict[str, Any]) -> list[str]:
+    """What the cache costs, in all and by column."""
+    rows, lines = facts["counts"]["rows"], [f"size       {facts['bytes']:,} bytes"]
+    if rows:
+        lines[0] += f", {facts['bytes_per_row']:.1f} per row; without ids {facts['bytes_per_row_without_ids']:.1f}"
     for name, size in facts["bytes_by_column"].items():
         lines.append(f"  {name:<14} {size:>14,}" + (f" {size / rows:>8.2f} per row" if rows else ""))
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def show_rows(path: str | os.PathLike[str], count: int) -> str:
@@ -112,13 +133,15 @@ def build_summary(report: "BuildReport", path: str | os.PathLike[str]) -> str:
         return (
             f"{path}: {did}\n{report.shards_missing:,} shards of other ranges are missing; who writes the last ends it"
         )
-    counts, rows = report.manifest.counts, report.manifest.counts["rows"]
-    size = sum(stored.size for stored in chain.from_iterable(open_cache(path).table.objects))
-    return (
-        f"{path}: {did}\n"
-        f"{counts['documents']:,} documents ({counts['empty_documents']:,} without rows), {rows:,} rows, "
-        f"{counts['unscored_bytes']:,} unscored bytes, {work.windows_cut:,} windows cut, "
-        f"{size / max(1, rows):.1f} bytes per row, cache_id {report.manifest.cache_id}"
+    counts = report.manifest.counts
+    return "\n".join(
+        [
+            f"{path}: {did}",
+            f"{counts['documents']:,} documents ({counts['empty_documents']:,} without rows), {counts['rows']:,} rows, "
+            f"{counts['unscored_bytes']:,} unscored bytes, {work.windows_cut:,} windows cut, "
+            f"cache_id {report.manifest.cache_id}",
+            *_size_lines(inspect(path)),
+        ]
     )
 
 

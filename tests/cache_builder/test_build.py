@@ -36,7 +36,7 @@ CHAT = [
     {"role": "user", "content": "Bye"},
     {"role": "assistant", "content": "See you"},
 ]
-HALF = {"rtol": 2**-10, "atol": 2**-24}  # what float16 storage may cost
+FLOAT32 = {"rtol": 1e-4, "atol": 1e-7}  # what the engine's arithmetic may cost
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,7 @@ def other(config: BuildConfig, **values: Any) -> BuildConfig:
 
 def test_every_scored_token_has_one_row_that_equals_the_brute_force(config: BuildConfig, teacher: Path) -> None:
     """Windows are recomputed here from their definition, not from the code under test."""
+    config = other(config, profile="exact")
     report = build(config)
     assert report.shards_written == 3
     assert report.work.windows_cut > 0
@@ -91,11 +92,11 @@ def test_every_scored_token_has_one_row_that_equals_the_brute_force(config: Buil
             for token in range(position, stop):
                 log_probs_V = logits_LV[token - start - 1].log_softmax(-1)
                 top_K, row = log_probs_V.exp().sort(descending=True).values[:64].numpy(), token - 1
-                np.testing.assert_allclose(document.probs[row], top_K, **HALF)
+                np.testing.assert_allclose(document.probs[row], top_K, **FLOAT32)
                 np.testing.assert_allclose(document.gold_logprob[row], log_probs_V[ids[token]], atol=1e-4)
-                np.testing.assert_allclose(document.tail_mass[row], 1 - top_K.sum(), atol=64 * 2**-12 * top_K[0])
+                np.testing.assert_allclose(document.tail_mass[row], 1 - top_K.sum(), atol=1e-5)
                 first = log_probs_V[document.token_ids[row]].exp().numpy()
-                np.testing.assert_allclose(first, top_K[:16], **HALF)
+                np.testing.assert_allclose(first, top_K[:16], **FLOAT32)
             position = stop
 
 
