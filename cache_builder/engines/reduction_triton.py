@@ -8,7 +8,8 @@ One program per row of logits:
     histogram, bins   only for a sketch: read the row again, into a histogram of 1,024 steps; sum words and masses from
             the K-th value down to every rank edge
 
-The histogram counts in shared memory, by PTX of its own: `tl.histogram` of Triton 3.6 takes ten times as long.
+The histogram counts in shared memory, by PTX of its own: 2.9 ms beyond the top-k of 8,192 rows of 151,936 words on an
+H100 (scripts/results/reduction.csv); an edition of two reads with `tl.histogram` of Triton 3.6 took 22.
 
 Import this module only where triton is installed. Legend: B rows, V words, G groups of words, K ranks, C candidates (a
 power of two above K), J tail bins, S steps of the histogram, W = 1 + K + J; GP, JP: rounded up to a power of two.
