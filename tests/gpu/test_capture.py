@@ -30,7 +30,7 @@ K, BINS = 64, 16
 def test_rows_equal_a_full_sort(vocabulary: int, k: int, spread: float, dtype: torch.dtype) -> None:
     """Log-probabilities and ids as sorted, every bin within 1e-4, and all bins together the tail.
 
-    Of 16-bit logits many tie, and a step of the histogram that holds an edge is split as if they did not: 2.2e-4 was seen
+    Of 16-bit logits many tie, and a step of the histogram that holds an edge is split as if they did not: 2.2e-4 seen
     on an H100. The engine's own logits are float32 unless it is told otherwise.
     """
     generator = torch.Generator("cuda").manual_seed(k)
