@@ -50,7 +50,7 @@ import pyarrow
 import torch
 import transformers
 
-from cache_builder import builder
+from cache_builder import preparation
 from cache_builder.build_config import BuildConfig
 from cache_builder.builder import build
 from cache_builder.engines.transformers import TransformersEngine
@@ -278,8 +278,10 @@ def prepare(folder: Path, teacher: str, store: str) -> BuildConfig:
     with demo_assets.wikipedia_path().open(encoding="utf8") as lines:
         texts = [json.loads(line)["text"][:CHARACTERS] for line in islice(lines, SHARDS * DOCUMENTS_PER_SHARD)]
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    builder.find_teacher = cache(builder.find_teacher)  # the tokenizer is read and digested once, not in every trial
-    builder._vocabulary = cache(builder._vocabulary)
+    preparation.find_teacher = cache(
+        preparation.find_teacher
+    )  # the tokenizer is read and digested once, not in every trial
+    preparation._vocabulary = cache(preparation._vocabulary)
     Teacher.tokenizer_identity = cache(Teacher.tokenizer_identity)
     config = BuildConfig(
         teacher=str(model),
@@ -290,7 +292,7 @@ def prepare(folder: Path, teacher: str, store: str) -> BuildConfig:
         max_model_len=128,
         store=store,
     )
-    recipe = builder.prepare(config).recipe
+    recipe = preparation.prepare(config).recipe
     vocabulary_to_bytes(recipe.settings.vocabulary)  # loads what Arrow needs
     return config
 

@@ -28,6 +28,13 @@ class Endpoint:
     requests: list[tuple[str, dict[str, str], Any]]
 
 
+class _Server(ThreadingHTTPServer):
+    """Says nothing of clients that are gone before they have their answer: they may do so."""
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        pass
+
+
 @contextmanager
 def endpoint(answer: Callable[[str, Any, int], Answer]) -> Iterator[Endpoint]:
     """`answer(path, body, number of requests before)` decides, in threads."""
@@ -55,7 +62,7 @@ def endpoint(answer: Callable[[str, Any, int], Answer]) -> Iterator[Endpoint]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()

@@ -23,7 +23,8 @@ from storage_specs.errors import ConfigError, EngineError
 
 K = 64
 # dtype: (largest difference of a probability and of the tail mass, of a gold log-probability in nats), against float32.
-TOLERANCES = {"float32": (2e-6, 5e-5), "bfloat16": (0.1, 1.0)}
+# float32: 2.2e-6 was seen of a probability of 0.34, on a processor whose kernels sum in another order.
+TOLERANCES = {"float32": (5e-6, 5e-5), "bfloat16": (0.1, 1.0)}
 TEXT = "The river Aare — 288 km long — flows through Bern.\n日本語 and e\u0301, 😀!"
 
 

@@ -349,7 +349,7 @@ def test_values_are_typed_as_training_arguments_are(tmp_path):
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-m", "distill", *arguments], env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT
     )

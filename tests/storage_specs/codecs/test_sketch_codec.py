@@ -22,7 +22,7 @@ def naive_decode(columns: list[int], k: int, bins: int, steps: int) -> tuple[lis
     bends = [z // 2 if z % 2 == 0 else -(z + 1) // 2 for z in columns[:bins]]
     masses = [0] * (bins + 2)
     for j in reversed(range(bins)):
-        masses[j] = bends[j] + 2 * masses[j + 1] - masses[j + 2]
+        masses[j] = (bends[j] + 2 * masses[j + 1] - masses[j + 2]) % 2**16
     masses = masses[:bins]
     assert min(masses) >= 0
     fall = {rank: columns[bins + rank - 2] for rank in range(2, k + 1)}
@@ -133,7 +133,7 @@ def test_whatever_has_no_problem_decodes_to_a_distribution(columns: list[int]) -
     bends = [z // 2 if z % 2 == 0 else -(z + 1) // 2 for z in columns[:4]]
     masses = [0] * 6
     for j in reversed(range(4)):
-        masses[j] = bends[j] + 2 * masses[j + 1] - masses[j + 2]
+        masses[j] = (bends[j] + 2 * masses[j + 1] - masses[j + 2]) % 2**16
     total = sum(mass % 2**16 for mass in masses) + sum(i * d for i, d in enumerate(columns[4:], 2))
     assert (codec.problem_of(arrays) is None) == (total <= 2048)
     if total <= 2048:
