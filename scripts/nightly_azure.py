@@ -1,6 +1,6 @@
 """Object stores, the one that CI cannot run: az:// against Azurite, Azure's own emulator, which comes by npm.
 
-    npm install --prefix /tmp/azurite azurite@3 && python scripts/nightly_azure.py /tmp/azurite/node_modules/.bin
+    npm install --prefix build/azurite azurite@3 && python scripts/nightly_azure.py build/azurite/node_modules/.bin
 
 The same contract as S3 and Google Cloud Storage in the tests: every method of Objects, and a cache in both stores
 written, read, verified, damaged answers included, and pulled. Prints one line per check; exit code 0 where all hold.
