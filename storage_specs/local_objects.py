@@ -5,13 +5,14 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
 from storage_specs.confinement import open_inside
 from storage_specs.errors import (
+    MalformedObjectError,
     MissingObjectError,
     OutputFolderError,
     StorageFullError,
@@ -64,6 +65,17 @@ class LocalObjects(Objects):
             raise self._missing(name) from None
         check_length(name, offset, size, len(data), remedy_at(self.root))
         return data
+
+    def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for name, offset, size in ranges:
+            with suppress(OSError, MalformedObjectError):  # reading it says what is wrong
+                descriptor = open_inside(self.root, name)
+                try:
+                    os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(descriptor)
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         for folder, folders, files in os.walk(self.root / prefix.rpartition("/")[0]):

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from storage_specs.errors import ConfigError, MalformedObjectError, MissingObjectError, SizeMismatchError
@@ -45,6 +45,10 @@ class Objects(ABC):
     @abstractmethod
     def read_range(self, name: str, offset: int, size: int) -> bytes:
         """Exactly `size` bytes from `offset`, unverified. Raises MissingObjectError, SizeMismatchError."""
+
+    def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
+        """Say which (name, offset, size) will be read next, so that they are fetched together. Never raises."""
+        return  # where nothing is gained by knowing it
 
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:

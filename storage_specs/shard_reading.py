@@ -4,7 +4,7 @@ A shard is read whole (every object, against size and crc32c), or one document o
 against its crc32c in the shard's commit record).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +17,7 @@ from storage_specs.columns import Columns
 from storage_specs.errors import MalformedObjectError, TeachOnceError
 from storage_specs.manifest import Manifest
 from storage_specs.objects import Objects
-from storage_specs.shard_bytes import ObjectParts, ShardBytes, WholeObjects
+from storage_specs.shard_bytes import ObjectParts, Parts, ShardBytes, WholeObjects
 from storage_specs.shard_record import ShardRecord, read_record
 from storage_specs.shard_table import ShardTable
 from storage_specs.stored_object import StoredObject
@@ -25,6 +25,7 @@ from storage_specs.stored_shard import MAX_HEADER_BYTES, Selection, ShardArrays,
 from storage_specs.stores import shard_store
 from storage_specs.zarr_chunks import MAX_METADATA_BYTES
 
+SMALL = 1 << 14  # bytes of an object that is fetched whole rather than looked for what is needed
 WRITTEN_WRONGLY = "the cache was written wrongly: rebuild it, and please report this"
 
 
@@ -70,8 +71,9 @@ class ShardReader:
 
     def document(self, shard: int, record: ShardRecord, document: int) -> Columns:
         """One document of a shard, by its number in the cache: only the parts that hold it are read."""
-        source = ObjectParts(self.objects, self._wanted(shard), record.parts)
-        return self._columns(shard, source, self.table.selection(document))
+        stored, selection = self._wanted(shard), self.table.selection(document)
+        self.objects.expect(_likely(stored, record.parts, selection.rows, self.table.size_of(shard).rows))
+        return self._columns(shard, ObjectParts(self.objects, stored, record.parts), selection)
 
     def text(self, shard: int, record: ShardRecord, document: int) -> str:
         """The text of one document, by its number in the cache; of the shard's arrays only one is read."""
@@ -124,6 +126,23 @@ class ShardReader:
     @cached_property
     def _id_columns(self) -> frozenset[str]:
         return row_coding.id_columns(self.manifest.row_shape)
+
+
+def _likely(
+    stored: Sequence[StoredObject], parts: Mapping[str, Parts], wanted: slice, rows: int
+) -> Iterator[tuple[str, int, int]]:
+    """Ranges that a reader of these rows will probably ask for: small objects, indexes, and the chunks that hold the
+    rows if all chunks hold equally many. A hint: cold reads take a third less time (`distill bench reader`).
+    """
+    for item in stored:
+        sizes = parts[item.name].sizes if item.name in parts else (item.size,)
+        chunks = len(sizes) - 1
+        if item.size <= SMALL:
+            yield item.name, 0, item.size
+        elif chunks:
+            yield item.name, item.size - sizes[-1], sizes[-1]
+            first, last = (min(chunks - 1, row * chunks // max(1, rows)) for row in (wanted.start, wanted.stop - 1))
+            yield item.name, sum(sizes[:first]), sum(sizes[first : last + 1])
 
 
 @contextmanager
