@@ -17,7 +17,7 @@ from storage_specs.columns import Columns
 from storage_specs.errors import MalformedObjectError, TeachOnceError
 from storage_specs.manifest import Manifest
 from storage_specs.objects import Objects
-from storage_specs.shard_bytes import ObjectParts, Parts, ShardBytes, WholeObjects
+from storage_specs.shard_bytes import SMALL, ObjectParts, Parts, ShardBytes, WholeObjects
 from storage_specs.shard_record import ShardRecord, read_record
 from storage_specs.shard_table import ShardTable
 from storage_specs.stored_object import StoredObject
@@ -25,7 +25,6 @@ from storage_specs.stored_shard import MAX_HEADER_BYTES, Selection, ShardArrays,
 from storage_specs.stores import shard_store
 from storage_specs.zarr_chunks import MAX_METADATA_BYTES
 
-SMALL = 1 << 14  # bytes of an object that is fetched whole rather than looked for what is needed
 WRITTEN_WRONGLY = "the cache was written wrongly: rebuild it, and please report this"
 
 

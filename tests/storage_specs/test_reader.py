@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from small_caches import STORES, arrays_of, assert_stored, some_documents, some_settings, some_vocabulary, write_cache
 
-from storage_specs import arrow_store, open_cache, reader, zarr_store
+from storage_specs import arrow_store, open_cache, reader, shard_bytes, zarr_store
 from storage_specs.document import CachedDocument, canonical_json, is_held_out
 from storage_specs.errors import (
     ChecksumMismatchError,
@@ -303,6 +303,7 @@ def test_one_document_is_read_without_its_shard(tmp_path: Path, monkeypatch: pyt
     """Of a shard of many chunks only those that hold the document are asked for."""
     monkeypatch.setattr(zarr_store, "ROWS_PER_CHUNK", 16)
     monkeypatch.setattr(arrow_store, "ROWS_PER_GROUP", 16)
+    monkeypatch.setattr(shard_bytes, "SMALL", 0)
     documents = some_documents(30, words=20)
     for store in STORES:
         path = tmp_path / store
