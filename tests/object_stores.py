@@ -4,10 +4,13 @@ import logging
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple
 
 from faulty_proxy import FaultyProxy
+
+from storage_specs.objects import open_objects
 
 
 class S3(NamedTuple):
@@ -54,3 +57,11 @@ def new_bucket(address: tuple[str, int]) -> Iterator[S3]:
         yield S3(f"s3://{bucket}", proxy)
     finally:
         proxy.stop()
+
+
+def objects_of(place: str) -> dict[str, bytes]:
+    """Every object below a place: {name: bytes}."""
+    objects = open_objects(place)
+    names = [name for name, _ in objects.list()]
+    with ThreadPoolExecutor(8) as threads:
+        return dict(zip(names, threads.map(objects.read, names), strict=True))

@@ -6,17 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from object_stores import S3
+from object_stores import S3, objects_of
 from tiny_teacher import make_tiny_teacher, write_corpus
 
 from cache_builder.main import main
 from storage_specs import open_cache
 from storage_specs.command_line import run
-from storage_specs.objects import open_objects
 
 SHARDS = 12
 ROOT = Path(__file__).parents[2]
@@ -29,13 +27,6 @@ def flags(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path, wiki_tex
     teacher = make_tiny_teacher(folder / "tiny", smollm2_path)
     more = ["--documents_per_shard", "2", "--max_model_len", "64", "--store", "arrow", "--engine", "transformers"]
     return ["build", "--teacher", str(teacher), "--corpus", str(corpus), *more]
-
-
-def objects_of(place: str) -> dict[str, bytes]:
-    objects = open_objects(place)
-    names = [name for name, _ in objects.list()]
-    with ThreadPoolExecutor(8) as threads:
-        return dict(zip(names, threads.map(objects.read, names), strict=True))
 
 
 def kill(flags: list[str], place: str, s3: S3, records: int, delay: float) -> None:

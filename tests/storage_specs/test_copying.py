@@ -1,10 +1,9 @@
 """Pushing and pulling: every byte verified on the way, the manifest last, resumed and repeated without harm."""
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from object_stores import S3
+from object_stores import S3, objects_of
 from small_caches import STORES, begun, files_of, some_documents, some_settings, write_cache
 
 from storage_specs import open_cache, verify_cache
@@ -18,13 +17,6 @@ from storage_specs.errors import (
     StoreUnavailableError,
 )
 from storage_specs.objects import open_objects
-
-
-def objects_of(place: str) -> dict[str, bytes]:
-    objects = open_objects(place)
-    names = [name for name, _ in objects.list()]
-    with ThreadPoolExecutor(8) as threads:
-        return dict(zip(names, threads.map(objects.read, names), strict=True))
 
 
 @pytest.mark.parametrize("store", STORES)
