@@ -5,10 +5,11 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from typing import TypeVar
 
 from storage_specs.confinement import open_inside
 from storage_specs.errors import (
@@ -23,10 +24,12 @@ from storage_specs.stored_object import StoredObject, check_length, remedy_at
 
 # Files being written lie here, named host-pid-number, and are renamed into place; what a killed writer left is swept.
 WRITING_FOLDER = ".writing"
+_FOLDER_TRIES = 100
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 _numbers = count()
 _in_use: set[str] = set()
+Made = TypeVar("Made")
 
 
 class LocalObjects(Objects):
@@ -133,15 +136,18 @@ class LocalObjects(Objects):
         return time.time() - max(status.st_mtime, status.st_ctime)  # a hard link keeps the time of its writing
 
     def leftovers(self, grace: float) -> Iterator[tuple[str, int]]:
-        folder = self.root / WRITING_FOLDER
-        for path in folder.iterdir() if folder.is_dir() else ():
-            host, process = _owner(path.name)
-            name = f"{WRITING_FOLDER}/{path.name}"
+        try:
+            files = os.listdir(self.root / WRITING_FOLDER)
+        except (FileNotFoundError, NotADirectoryError):  # never made, or swept
+            return
+        for file in files:
+            host, process = _owner(file)
+            name = f"{WRITING_FOLDER}/{file}"
             age, size = self.age(name), self.size(name)
             if age is None or size is None:  # renamed into place by now
                 continue
             ours = host == socket.gethostname()
-            if path.name not in _in_use and (not process_is_alive(process) if ours else age > grace):
+            if file not in _in_use and (not process_is_alive(process) if ours else age > grace):
                 yield name, size
 
     def sweep(self, grace: float = math.inf) -> None:
@@ -174,9 +180,8 @@ class LocalObjects(Objects):
         """Make `target` a hard link of a file of another root: whether that could be."""
         source.check_size(stored)
         with self._temporary() as temporary, writing(target):
-            temporary.parent.mkdir(exist_ok=True)
             try:
-                os.link(source.root / stored.name, temporary)
+                _made_in_folder(temporary, lambda: os.link(source.root / stored.name, temporary))
             except OSError as error:
                 if error.errno in (*_NO_HARD_LINKS, errno.EXDEV):
                     return False
@@ -188,8 +193,7 @@ class LocalObjects(Objects):
     def _written(self, data: bytes, target: Path) -> Iterator[Path]:
         """A synced temporary file with `data`, gone afterwards unless it was renamed."""
         with self._temporary() as temporary, writing(target):  # renaming and linking need space too
-            temporary.parent.mkdir(exist_ok=True)
-            with open(temporary, "xb") as file:
+            with _made_in_folder(temporary, lambda: open(temporary, "xb")) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -244,6 +248,16 @@ def process_is_alive(process: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def _made_in_folder(path: Path, make: Callable[[], Made]) -> Made:
+    """What `make` returns, in the folder of `path`: another builder removes that as soon as it sees it empty."""
+    for _ in range(_FOLDER_TRIES):
+        with suppress(FileExistsError):
+            os.mkdir(path.parent)
+        with suppress(FileNotFoundError):
+            return make()
+    return make()
 
 
 def _place(temporary: Path, target: Path) -> bool:

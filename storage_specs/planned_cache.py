@@ -79,9 +79,13 @@ class PlannedCache:
             for stored in chain.from_iterable(table.objects):
                 self.objects.check_size(stored, sizes)
             return []
+        return self._unrecorded(range(len(self.plan.shards)) if among is None else among)
+
+    def _unrecorded(self, among: Iterable[int]) -> list[int]:
+        """Those shards of `among` that have no record whose objects all verify; what has one is kept in `_records`."""
         revisions = record_revisions(self.objects)
         missing = []
-        for shard in range(len(self.plan.shards)) if among is None else among:
+        for shard in among:
             record = self._records.get(shard) or newest_record(
                 self.objects, shard, self.config_digest, self.plan.doc_ids_of(shard), revisions.get(shard, ())
             )
@@ -118,12 +122,12 @@ class PlannedCache:
 
         Raises IncompleteCacheError, CacheMismatchError (another builder finished it with other bytes).
         """
-        finished = self.manifest
-        if finished is not None:
-            return finished
         with commit_turn(self.objects):
+            finished = self.manifest  # looked for in our turn: another builder may have finished it in the turn before
+            if finished is not None:
+                return finished
             self._check_records()
-            missing = self.missing_shards()
+            missing = self._unrecorded(range(len(self.plan.shards)))
             if missing:
                 raise IncompleteCacheError(
                     f"{self.objects.place}: {len(missing)} of {len(self.plan.shards)} shards are missing "

@@ -3,13 +3,20 @@
 import os
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from small_caches import STORES, some_documents, some_settings
 
-from storage_specs import CacheWriter, make_plan
+from storage_specs import CacheWriter, make_plan, planned_cache
+from storage_specs.lease import commit_turn
+from storage_specs.local_objects import LocalObjects
+from storage_specs.objects import Objects
 from storage_specs.reader import open_cache
 from storage_specs.verification import verify_cache
 
@@ -80,3 +87,46 @@ def test_a_shard_that_came_in_between_stays_and_a_damaged_one_is_replaced(tmp_pa
     third.finalize()
     second.write_shard(1, documents[2:])  # a late worker finds its shard done, and the cache finished
     assert verify_cache(tmp_path / "cache").ok
+
+
+def test_who_waits_for_its_turn_to_finish_finds_the_cache_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = some_documents(4)
+    plan = make_plan(documents, 2)
+    first, second = (CacheWriter(tmp_path / "cache", some_settings(), plan) for _ in range(2))
+    for shard in range(2):
+        first.write_shard(shard, documents[2 * shard : 2 * shard + 2])
+
+    @contextmanager
+    def after_the_other(objects: Objects) -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(planned_cache, "commit_turn", commit_turn)
+            first.finalize()
+        with commit_turn(objects):
+            yield
+
+    monkeypatch.setattr(planned_cache, "commit_turn", after_the_other)
+    assert second.finalize() == open_cache(tmp_path / "cache").manifest
+
+
+def test_a_folder_that_others_sweep_all_the_time_is_written_to(tmp_path: Path) -> None:
+    """Every sweep removes the folder of files being written where it sees it empty."""
+    objects, done = LocalObjects(tmp_path), threading.Event()
+
+    def sweep() -> None:
+        while not done.is_set():
+            LocalObjects(tmp_path).sweep()
+            time.sleep(1e-4)  # lets the writer have the interpreter, as a sweeping process would
+
+    sweepers = [threading.Thread(target=sweep) for _ in range(2)]
+    for sweeper in sweepers:
+        sweeper.start()
+    try:
+        for number in range(400):
+            objects.write_all({f"{number}": b"data"})
+    finally:
+        done.set()
+        for sweeper in sweepers:
+            sweeper.join()
+    assert len(list(objects.list())) == 400
