@@ -3,8 +3,6 @@
 import os
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +34,16 @@ writer = CacheWriter(output, some_settings(store=store), plan)
 for shard in range(len(plan.shards)):
     writer.write_shard(shard, documents[shard * 4 : shard * 4 + 4])
 writer.finalize()
+"""
+
+# argv: a folder that is swept until we are killed.
+SWEEP = """
+import sys, time
+from storage_specs.local_objects import LocalObjects
+print("ready", flush=True)
+while True:
+    LocalObjects(sys.argv[1]).sweep()
+    time.sleep(0.001)
 """
 
 
@@ -112,21 +120,15 @@ def test_who_waits_for_its_turn_to_finish_finds_the_cache_finished(
 
 def test_a_folder_that_others_sweep_all_the_time_is_written_to(tmp_path: Path) -> None:
     """Every sweep removes the folder of files being written where it sees it empty."""
-    objects, done = LocalObjects(tmp_path), threading.Event()
-
-    def sweep() -> None:
-        while not done.is_set():
-            LocalObjects(tmp_path).sweep()
-            time.sleep(1e-4)  # lets the writer have the interpreter, as a sweeping process would
-
-    sweepers = [threading.Thread(target=sweep) for _ in range(2)]
-    for sweeper in sweepers:
-        sweeper.start()
+    objects = LocalObjects(tmp_path)
+    sweeper = subprocess.Popen([sys.executable, "-c", SWEEP, str(tmp_path)], stdout=subprocess.PIPE)
     try:
-        for number in range(400):
+        assert sweeper.stdout is not None
+        assert sweeper.stdout.readline() == b"ready\n"
+        for number in range(1000):
             objects.write_all({f"{number}": b"data"})
+        assert sweeper.poll() is None
     finally:
-        done.set()
-        for sweeper in sweepers:
-            sweeper.join()
-    assert len(list(objects.list())) == 400
+        sweeper.kill()
+        sweeper.communicate()
+    assert len(list(objects.list())) == 1000
