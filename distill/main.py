@@ -23,7 +23,7 @@ SUMMARY = {
     "evaluate": "held-out bits per byte of students and of the teacher",
     "bench": "how fast a cache is read on this machine",
 }
-RUN = ("model_name_or_path", "cache", "corpus", "cache_dir", "cache_bytes", "dtype")
+RUN = ("model_name_or_path", "cache", "corpus", "cache_dir", "cache_bytes", "exclude_documents", "dtype")
 EXPECTED = ("cache_id", "teacher_name", "teacher_tokenizer_digest", "corpus_digest")
 
 
@@ -60,6 +60,7 @@ def train_parser() -> Parser:
     add("--corpus", metavar="PATH", help="the texts of a cache that keeps none: what it was built from")
     add("--cache_dir", metavar="DIR", help="keep on this disk what is read of a remote cache ($TEACH_ONCE_CACHE_DIR)")
     add("--cache_bytes", type=int, metavar="N", help="at most that much of it ($TEACH_ONCE_CACHE_BYTES, 32 GiB)")
+    add("--exclude_documents", metavar="FILE", help="neither train on nor hold out these (doc_ids, a line each)")
     add("--output_dir", required=True, metavar="DIR", help="checkpoints and the trained student")
     add(
         "--loss",
