@@ -3,6 +3,7 @@
     distill train --model_name_or_path HuggingFaceTB/SmolLM2-135M --cache my-cache --output_dir student
     distill align-report --cache my-cache --student HuggingFaceTB/SmolLM2-135M --html report.html
     distill evaluate --cache my-cache --model before=HuggingFaceTB/SmolLM2-135M --model after=student
+    distill review --cache my-cache --model after=student --output_file sheet.html
     distill bench reader my-cache
 
 Nothing heavy is imported before a command runs, so that --help answers at once.
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.bench import bench
+from distill.review_command import review
 from storage_specs.command_line import Parser, nearest, parse, run
 from storage_specs.errors import ConfigError
 
@@ -21,9 +23,10 @@ SUMMARY = {
     "train": "train a student on a cache; the same command resumes",
     "align-report": "what a student would learn from a cache, and where not, before anything is trained",
     "evaluate": "held-out bits per byte of students and of the teacher",
+    "review": "the documents about which student and teacher disagree most, for human reviewers",
     "bench": "how fast a cache is read on this machine",
 }
-RUN = ("model_name_or_path", "cache", "corpus", "cache_dir", "cache_bytes", "dtype")
+RUN = ("model_name_or_path", "cache", "corpus", "cache_dir", "cache_bytes", "exclude_documents", "dtype")
 EXPECTED = ("cache_id", "teacher_name", "teacher_tokenizer_digest", "corpus_digest")
 
 
@@ -38,7 +41,14 @@ def main(arguments: Sequence[str]) -> int:
     command, rest = arguments[0], arguments[1:]
     if command not in SUMMARY:
         raise ConfigError(f"distill: unknown command {command!r}{nearest(command, SUMMARY)}")
-    return {"train": _train, "align-report": _align_report, "evaluate": _evaluate, "bench": bench}[command](rest)
+    commands = {
+        "train": _train,
+        "align-report": _align_report,
+        "evaluate": _evaluate,
+        "review": review,
+        "bench": bench,
+    }
+    return commands[command](rest)
 
 
 def entry() -> None:
@@ -60,6 +70,7 @@ def train_parser() -> Parser:
     add("--corpus", metavar="PATH", help="the texts of a cache that keeps none: what it was built from")
     add("--cache_dir", metavar="DIR", help="keep on this disk what is read of a remote cache ($TEACH_ONCE_CACHE_DIR)")
     add("--cache_bytes", type=int, metavar="N", help="at most that much of it ($TEACH_ONCE_CACHE_BYTES, 32 GiB)")
+    add("--exclude_documents", metavar="FILE", help="neither train on nor hold out these (doc_ids, a line each)")
     add("--output_dir", required=True, metavar="DIR", help="checkpoints and the trained student")
     add(
         "--loss",
