@@ -1,7 +1,6 @@
 """`distill evaluate`: models beside each other on a cache's held-out text, on a task, or on both; it can be resumed."""
 
 import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.dataset import CachedDocuments
-from distill.evaluation.answering import Answering, answers
+from distill.evaluation.answering import Answer, Answering, answers
 from distill.evaluation.bits_per_byte import TEACHER, bits_per_byte, held_out_of
 from distill.evaluation.metrics import chosen_metrics, task_metrics
 from distill.evaluation.partial import AnswerFile, kept_scores
@@ -23,13 +22,10 @@ from storage_specs.document import CachedDocument
 from storage_specs.errors import ConfigError
 from storage_specs.reader import Cache
 
-__all__ = ["Evaluation", "EvaluationWarning", "evaluate"]
+__all__ = ["Evaluation", "evaluate"]
 
 BITS_PER_BYTE = "bits_per_byte"
 
-
-class EvaluationWarning(UserWarning):
-    """Answers that say less than they seem to: empty ones, or to prompts that were cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +75,16 @@ def evaluate(evaluation: Evaluation, output_file: Path | None = None) -> Report:
     for name, path in evaluation.models.items():
         student = _Student(path, evaluation.dtype)
         metrics: dict[str, Metric] = {}
+        notes: tuple[str, ...] = ()
         if evaluation.cache is not None:
             scores[name] = _scores(student, name, held_out, evaluation, partial)
         if task is not None:
-            metrics = task_metrics(task, _answers(student, name, task, evaluation.how, partial), metric_names)
-        models[name] = ModelReport(model=path, digest=student.digest, parameters=student.parameters, metrics=metrics)
+            found = _answers(student, name, task, evaluation.how, partial)
+            metrics = task_metrics(task, {one.id: one.text for one in found}, metric_names)
+            notes = _notes(found)
+        models[name] = ModelReport(
+            model=path, digest=student.digest, parameters=student.parameters, metrics=metrics, notes=notes
+        )
     report = Report(subjects=_subjects(evaluation, task), models=models)
     if evaluation.cache is not None:
         report = _with_bits_per_byte(report, evaluation.cache, held_out, scores)
@@ -127,8 +128,8 @@ def _scores(
 
 def _answers(
     student: _Student, name: str, task: Task, how: Answering, partial: Path | None
-) -> dict[str, str]:
-    """{example's id: answer}; only those that are not there yet are asked for."""
+) -> list[Answer]:
+    """One per example; only those that are not there yet are asked for."""
     whose = {"digest": student.digest, "dtype": student.dtype, "task": task.digest} | _settings(how)
     file = AnswerFile(partial and partial / f"{name}.jsonl", whose)
     rest = [example for example in task.examples if example.id not in file.answers]
@@ -136,15 +137,18 @@ def _answers(
         for batch in answers(*student.loaded(), rest, how, name):
             file.add(batch)
     found = [file.answers[example.id] for example in task.examples]
+    return found
+
+
+def _notes(found: Sequence[Answer]) -> tuple[str, ...]:
+    """What makes answers say less than they seem to."""
     empty, cut = sum(not one.text for one in found), sum(one.prompt_cut > 0 for one in found)
-    if empty or cut:
-        warnings.warn(
-            f"{name}: of {len(found)} answers {empty} are empty (they score 0) and {cut} are to prompts whose beginning "
-            "the model had no room for",
-            EvaluationWarning,
-            stacklevel=2,
-        )
-    return {one.id: one.text for one in found}
+    notes = []
+    if empty:
+        notes.append(f"{empty} of {len(found)} answers are empty and score 0")
+    if cut:
+        notes.append(f"{cut} of {len(found)} prompts were longer than the model reads: their beginning was left out")
+    return tuple(notes)
 
 
 def _settings(how: Answering) -> dict[str, Any]:

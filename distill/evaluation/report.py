@@ -3,7 +3,7 @@
     {"format": "distill-evaluation", "version": 1,
      "subjects": {"cache": {"cache_id", "documents", "bytes", ...}, "task": {"name", "digest", "examples", ...}},
      "models": {name: {"model", "digest", "parameters", "metrics": {metric: {"value", "standard_error", "unit",
-                       "higher_is_better", "scores", "weights"}}, "sheet": {...} or null}}}
+                       "higher_is_better", "scores", "weights"}}, "sheet": {...} or null, "notes": [...]}}}
 
 `subjects` says what was measured, and by which settings: reports are compared only where these are the same.
 """
@@ -81,7 +81,8 @@ def paired_error(before: Metric, after: Metric) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelReport:
-    """One model. model: hub name or folder; digest: of its files; sheet: what it costs on a machine, if measured.
+    """One model. model: hub name or folder; digest: of its files; sheet: what it costs on a machine, if measured;
+    notes: what a reader of its figures should know.
 
     model, digest and parameters are None for a teacher that only a cache knows.
     """
@@ -91,6 +92,7 @@ class ModelReport:
     parameters: int | None
     metrics: Mapping[str, Metric]
     sheet: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +143,8 @@ def read_report(path: Path) -> Report:
 
 
 def _model_from(values: dict[str, Any]) -> ModelReport:
-    return ModelReport(**(values | {"metrics": {name: _metric_from(m) for name, m in values["metrics"].items()}}))
+    metrics = {name: _metric_from(metric) for name, metric in values["metrics"].items()}
+    return ModelReport(**(values | {"metrics": metrics, "notes": tuple(values["notes"])}))
 
 
 def _metric_from(values: dict[str, Any]) -> Metric:

@@ -24,11 +24,11 @@ def cells(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def heads(report: Report) -> list[str]:
-    """A line for every subject: what was measured."""
+    """A line for every subject, what was measured, and for every note."""
     return [
         f"{subject}: " + ", ".join(f"{name} {_cell(value)}" for name, value in facts.items() if value is not None)
         for subject, facts in report.subjects.items()
-    ]
+    ] + [f"{name}: {note}" for name, model in report.models.items() for note in model.notes]
 
 
 def as_text(report: Report) -> str:
