@@ -24,7 +24,16 @@ from distill.student_inputs import StudentInputs, StudentWindow
 from storage_specs.document import CachedDocument, Document
 from storage_specs.errors import AlignmentError, ConfigError
 
-__all__ = ["Scores", "SharedSums", "score", "shared_boundaries", "shared_regions", "shared_sums", "summed", "teacher_scores"]
+__all__ = [
+    "Scores",
+    "SharedSums",
+    "score",
+    "shared_boundaries",
+    "shared_regions",
+    "shared_sums",
+    "summed",
+    "teacher_scores",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,7 +137,9 @@ def evaluated_digest(name: str) -> str:
 
 def parameter_count(name: str) -> int:
     """How many parameters a model has, without its weights."""
-    config = load_config(name if not is_adapter(name) else _peft().PeftConfig.from_pretrained(name).base_model_name_or_path)
+    config = load_config(
+        name if not is_adapter(name) else _peft().PeftConfig.from_pretrained(name).base_model_name_or_path
+    )
     kind = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
     with torch.device("meta"):
         return kind.from_config(config).num_parameters()

@@ -50,5 +50,3 @@ def bits_per_byte(
         for name in everyone
     }
     return metrics, {"documents": len(each), "bytes": sum(sums.bytes for sums in each)}
-
-

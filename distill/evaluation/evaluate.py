@@ -27,7 +27,6 @@ __all__ = ["Evaluation", "evaluate"]
 BITS_PER_BYTE = "bits_per_byte"
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What to measure of which models: {name: hub name or folder}; of a cache, a task, or both.
@@ -126,9 +125,7 @@ def _scores(
     )
 
 
-def _answers(
-    student: _Student, name: str, task: Task, how: Answering, partial: Path | None
-) -> list[Answer]:
+def _answers(student: _Student, name: str, task: Task, how: Answering, partial: Path | None) -> list[Answer]:
     """One per example; only those that are not there yet are asked for."""
     whose = {"digest": student.digest, "dtype": student.dtype, "task": task.digest} | _settings(how)
     file = AnswerFile(partial and partial / f"{name}.jsonl", whose)
@@ -172,8 +169,7 @@ def _with_bits_per_byte(
         for name, model in report.models.items()
     }
     models[TEACHER] = ModelReport(model=None, digest=None, parameters=None, metrics={BITS_PER_BYTE: found[TEACHER]})
-    of_cache = {"cache_id": cache.manifest.cache_id, "held_out_documents": counts["documents"], "bytes": counts["bytes"]}
-    return Report(subjects={"cache": of_cache, **report.subjects}, models=models)
+    return Report(subjects={"cache": {"cache_id": cache.manifest.cache_id, **counts}, **report.subjects}, models=models)
 
 
 def _keep_answers(partial: Path, final: Path) -> None:

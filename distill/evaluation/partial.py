@@ -60,7 +60,9 @@ def kept_scores(path: Path | None, identity: dict[str, Any], make: Callable[[], 
             _check_same(path, _parsed(path, arrays["identity"].tobytes()), identity)
             ends = np.cumsum(arrays["rows"])[:-1]
             columns = [np.split(arrays[name], ends) for name in Scores.__dataclass_fields__]
-        return [Scores(**dict(zip(Scores.__dataclass_fields__, one, strict=True))) for one in zip(*columns, strict=True)]
+        return [
+            Scores(**dict(zip(Scores.__dataclass_fields__, one, strict=True))) for one in zip(*columns, strict=True)
+        ]
     scores = make()
     if path is not None:
         arrays = {name: np.concatenate([getattr(one, name) for one in scores]) for name in Scores.__dataclass_fields__}
@@ -90,6 +92,6 @@ def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None
     ]
     if different:
         raise EvaluationError(
-            f"{path} is of another, unfinished evaluation ({'; '.join(different)}): repeat its flags, remove it, or name "
-            "another --output_file"
+            f"{path} is of another, unfinished evaluation ({'; '.join(different)}): repeat its flags, remove it, or "
+            "name another --output_file"
         )
