@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -92,7 +93,13 @@ def measure_apart(path: str, settings: InferenceSettings) -> InferenceFigures:
     """Measure one model in a new process, which ends with it. Raises ConfigError where it cannot be loaded or run."""
     # spawn: a forked child would hold the parent's memory, and cannot use a GPU that the parent used.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(_measured_alone, path, settings, torch.get_num_threads()).result()
+        try:
+            return process.submit(_measured_alone, path, settings, torch.get_num_threads()).result()
+        except BrokenProcessPool:
+            raise ConfigError(
+                f"the process that measured {path} was killed, as one is that needs more memory than there is: measure "
+                "fewer or shorter texts at a time, or a smaller model"
+            ) from None
 
 
 def _measured_alone(path: str, settings: InferenceSettings, threads: int) -> InferenceFigures:
