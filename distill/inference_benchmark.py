@@ -28,11 +28,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from distill.students import is_adapter, load_model, load_tokenizer
 from storage_specs.errors import ConfigError
+from storage_specs.model_identity import WEIGHT_PATTERNS
 
 __all__ = ["InferenceFigures", "InferenceSettings", "Spread", "machine", "measure_apart", "measured"]
 
 WARM_UP = 2
-WEIGHTS = ("*.safetensors", "*.bin")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,10 +233,10 @@ def weights_bytes(path: str) -> int:
     folder = Path(path)
     if not folder.is_dir():
         folder = Path(transformers.utils.cached_file(path, "config.json")).parent
-    for pattern in WEIGHTS:  # a folder of both formats is loaded from the first
-        if sizes := [file.stat().st_size for file in folder.glob(pattern) if file.name != "training_args.bin"]:
-            return sum(sizes)
-    raise ConfigError(f"the model {path} has no weight files ({', '.join(WEIGHTS)}) in {folder}")
+    files = next(filter(None, (list(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS)), [])
+    if not files:
+        raise ConfigError(f"the model {path} has no weight files ({', '.join(WEIGHT_PATTERNS)}) in {folder}")
+    return sum(file.stat().st_size for file in files)
 
 
 def machine() -> dict[str, Any]:

@@ -74,7 +74,7 @@ def test_an_encoder_decoder_is_measured_too(smollm2_tokenizer):
 def test_weight_files(tmp_path, student_path):
     with pytest.raises(ConfigError, match="no weight files"):
         weights_bytes(str(tmp_path))
-    for name, size in (("a.bin", 5), ("training_args.bin", 99), ("optimizer.pt", 99)):
+    for name, size in (("pytorch_model.bin", 5), ("training_args.bin", 99), ("optimizer.pt", 99)):
         (tmp_path / name).write_bytes(b"x" * size)
     assert weights_bytes(str(tmp_path)) == 5
     for number in (1, 2):  # a sharded model; the older format beside it is not loaded
