@@ -24,7 +24,16 @@ from distill.student_inputs import StudentInputs, StudentWindow
 from storage_specs.document import CachedDocument, Document
 from storage_specs.errors import AlignmentError, ConfigError
 
-__all__ = ["Scores", "SharedSums", "score", "shared_boundaries", "shared_regions", "summed", "teacher_scores"]
+__all__ = [
+    "Scores",
+    "SharedSums",
+    "score",
+    "shared_boundaries",
+    "shared_regions",
+    "shared_sums",
+    "summed",
+    "teacher_scores",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +58,26 @@ class SharedSums:
 
 def summed(scores: Mapping[str, Sequence[Scores]]) -> SharedSums:
     """Sums over documents of what all models score; `scores`: per model, one per document."""
-    nats = dict.fromkeys(scores, 0.0)
-    documents = total = 0
+    each = shared_sums(scores)
+    return SharedSums(
+        nats={name: sum(one.nats[name] for one in each) for name in scores},
+        bytes=sum(one.bytes for one in each),
+        documents=sum(one.documents for one in each),
+    )
+
+
+def shared_sums(scores: Mapping[str, Sequence[Scores]]) -> list[SharedSums]:
+    """The same for every document; `documents` is 1, or 0 where there is no byte that all models score."""
+    each = []
     for of_document in zip(*scores.values(), strict=True):
         regions = shared_regions(of_document)
+        nats = {
+            name: sum((_nats_inside(of_model, *region) for region in regions), 0.0)
+            for name, of_model in zip(scores, of_document, strict=True)
+        }
         size = sum(end - start for _, start, end in regions)
-        documents, total = documents + (size > 0), total + size
-        for name, of_model in zip(scores, of_document, strict=True):
-            nats[name] += sum(_nats_inside(of_model, *region) for region in regions)
-    return SharedSums(nats=nats, bytes=total, documents=documents)
+        each.append(SharedSums(nats=nats, bytes=size, documents=int(size > 0)))
+    return each
 
 
 def shared_regions(of_document: Sequence[Scores]) -> list[tuple[int, int, int]]:

@@ -5,11 +5,10 @@ distill review --cache my-cache --apply sheet.csv --output_file excluded.txt
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from distill.commands.flags import add_cache, add_template, count, json_object, read_template
 from storage_specs.command_line import Parser, parse
 from storage_specs.errors import ConfigError
 
@@ -26,8 +25,7 @@ def review_parser() -> Parser:
         "--exclude_documents`.",
     )
     add = parser.add_argument
-    add("--cache", required=True, metavar="PLACE", help="a finished cache: folder or URL (s3://, gs://, az://, hf://)")
-    add("--corpus", metavar="PATH", help="the texts of a cache that keeps none: what it was built from")
+    add_cache(parser)
     add("--model", metavar="NAME=MODEL", help="the student: name in the sheet = hub name or folder")
     add("--apply", type=Path, metavar="SHEET", help="read a sheet's decisions back, instead of making one")
     add(
@@ -39,17 +37,16 @@ def review_parser() -> Parser:
         help="the sheet, .csv or .html (repeat for both); with --apply the list of rejected documents",
     )
     add("--split", default="train", choices=SPLITS, metavar="S", help="train | held_out | all (default: train)")
-    add("--top", type=_count, default=50, metavar="N", help="documents in the sheet (default: 50)")
-    add("--max_documents", type=_count, metavar="N", help="look at the first N documents of the split (default: all)")
+    add("--top", type=count, default=50, metavar="N", help="documents in the sheet (default: 50)")
+    add("--max_documents", type=count, metavar="N", help="look at the first N documents of the split (default: all)")
     add("--exclude_documents", type=Path, metavar="FILE", help="leave the documents of an earlier list out")
-    add("--max_length", type=_count, default=1024, metavar="N", help="tokens per window (default: 1024)")
-    add("--batch_size", type=_count, default=8, metavar="N", help="windows per forward pass (default: 8)")
-    add("--chat_template", type=Path, metavar="FILE", help="Jinja template for chats, instead of the student's own")
-    add("--chat_template_kwargs", metavar="JSON", help="arguments of the template")
+    add("--max_length", type=count, default=1024, metavar="N", help="tokens per window (default: 1024)")
+    add("--batch_size", type=count, default=8, metavar="N", help="windows per forward pass (default: 8)")
+    add_template(parser, "the student's")
     return parser
 
 
-def review(arguments: Sequence[str]) -> int:
+def run(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code. Raises ConfigError, AlignmentError, and what reading a cache raises."""
     namespace, _ = parse(review_parser(), arguments)
     for path in namespace.output_file:
@@ -97,8 +94,8 @@ def _make(namespace: argparse.Namespace, name: str, model: str) -> int:
     excluded = None if listed is None else Exclusions(cache, read_exclusions(listed), listed)
     rendering = {
         "max_length": namespace.max_length,
-        "chat_template": None if namespace.chat_template is None else _read(namespace.chat_template),
-        "chat_template_kwargs": _json_object(namespace.chat_template_kwargs),
+        "chat_template": read_template(namespace.chat_template),
+        "chat_template_kwargs": json_object("--chat_template_kwargs", namespace.chat_template_kwargs),
     }
     identity = {
         **rendering,
@@ -127,27 +124,3 @@ def _make(namespace: argparse.Namespace, name: str, model: str) -> int:
         print(f"{path}: {len(rows)} documents, disagreement {rows[0]['disagreement']} to {rows[-1]['disagreement']}")
     progress.unlink(missing_ok=True)
     return 0
-
-
-def _count(text: str) -> int:
-    """A whole number of at least 1."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return value
-
-
-def _json_object(value: str | None) -> dict[str, Any] | None:
-    try:
-        parsed = None if value is None else json.loads(value)
-    except ValueError as error:
-        raise ConfigError(f"--chat_template_kwargs {value}: not JSON: {error}") from None
-    if parsed is not None and not isinstance(parsed, dict):
-        raise ConfigError(f"--chat_template_kwargs {value}: must be a JSON object, {{...}}")
-    return parsed
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--chat_template {path}: cannot be read: {error}") from None
