@@ -19,7 +19,9 @@ from storage_specs.reader import open_cache
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> list[str]:
-    corpus = write_corpus(tmp_path_factory.mktemp("sources") / "corpus.jsonl", ["one two three", "", "four five six seven"])
+    corpus = write_corpus(
+        tmp_path_factory.mktemp("sources") / "corpus.jsonl", ["one two three", "", "four five six seven"]
+    )
     return ["--teacher", str(teacher), "--corpus", str(corpus), "--engine", "transformers"]
 
 
