@@ -26,7 +26,7 @@ SYNC_SECONDS = 0.01  # of a slow disk: a third of a second per shard
 # argv: three ranges, and a build's command without its range. A process each, at once, in which all is imported.
 JOB_ARRAY = """
 import os, sys
-import cache_builder.engines.transformers, cache_builder.preparation
+import zarr, transformers.models.llama.modeling_llama, cache_builder.engines.transformers
 from cache_builder.main import main
 from storage_specs.command_line import run
 processes = []
