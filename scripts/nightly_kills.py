@@ -2,7 +2,7 @@
 
     python scripts/nightly_kills.py --trials 60                  # a piece of some minutes; pieces add up in the CSV
     python scripts/nightly_kills.py --trials 2 --teacher gemma   # the real Gemma-3-270M instead of a small random model
-    python scripts/nightly_kills.py --trials 9 --teacher tiny    # the first 2,048 words of SmolLM2 instead of all of Gemma
+    python scripts/nightly_kills.py --trials 9 --teacher tiny    # SmolLM2's first 2,048 words instead of all of Gemma's
 
 The teacher is a random model of two layers under Gemma's real tokenizer (262,144 words), scored by the transformers
 engine. Every trial is a forked process, in which nothing is left to import; so is every resumption. A first,
