@@ -125,7 +125,10 @@ class ShardReader:
         store, stem, wanted = shard_store(self.manifest.store), self.table.stem_of(shard), self.arrays_of(shard)
         likely = {}
         for name, parts in record.parts.items():
-            chunks, index = store.likely_chunks(name, stem, wanted, record, selection), len(parts.sizes) - 1
+            index = len(parts.sizes) - 1
+            if not index:  # no record of ours lists one part
+                continue
+            chunks = store.likely_chunks(name, stem, wanted, record, selection)
             at_end = chunks.stop == index
             likely[name] = [range(chunks.start, index + 1)] if at_end else [chunks, range(index, index + 1)]
         return likely
