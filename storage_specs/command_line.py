@@ -11,7 +11,7 @@ import difflib
 import json
 import sys
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -163,6 +163,22 @@ def _pairs(parser: Parser, rest: list[str]) -> dict[str, Any]:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else True
         pairs[name] = value
     return pairs
+
+
+def command_of(program: str, summary: Mapping[str, str], arguments: Sequence[str]) -> tuple[str, Sequence[str]] | None:
+    """(command, its arguments) of a program of several, by its summary of each; None where help was wanted, and said.
+
+    Raises ConfigError for a command that it has not.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, summary))
+        print(f"usage: {program} COMMAND ...\n")
+        print("\n".join(f"  {name:{width}}  {line}" for name, line in summary.items()))
+        print(f"\n{program} COMMAND --help lists the command's flags (dashes and underscores are the same)")
+        return None
+    if arguments[0] not in summary:
+        raise ConfigError(f"{program}: unknown command {arguments[0]!r}{nearest(arguments[0], summary)}")
+    return arguments[0], arguments[1:]
 
 
 def run(main: Callable[[Sequence[str]], int | None], arguments: Sequence[str] | None = None) -> NoReturn:
