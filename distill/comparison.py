@@ -66,7 +66,7 @@ def compare(documents: Sequence[CachedDocument], collator: DistillationCollator)
     if masses and not any(mapped for mapped, _, _ in masses):
         raise AlignmentError(
             f"--loss {', '.join(collator.mixture.not_merged)}: not one of the teacher's likeliest words in {sampled} "
-            f"documents is a word of this student ({collator.word_map.mapped_ids:.1%} of the teacher's whole vocabulary "
+            f"documents is a word of this student ({collator.word_map.mapped_ids:.1%} of its whole vocabulary "
             f"is): with --mapping {collator.config.mapping} nothing would be learned; try --mapping first_token or "
             "--loss ce:1,uld:1.5, or check that --model_name_or_path names the student you mean"
         )
