@@ -7,20 +7,15 @@
 Nothing heavy is imported before a command runs, so that --help answers at once.
 """
 
-import importlib
 from collections.abc import Sequence
 
 from cache_builder.commands import SUMMARY
-from storage_specs.command_line import command_of, run
+from storage_specs.command_line import dispatch, run
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command; returns the exit code. Raises the typed errors of storage_specs.errors."""
-    chosen = command_of("cache-builder", SUMMARY, arguments)
-    if chosen is None:
-        return 0
-    command, rest = chosen
-    return importlib.import_module(f"cache_builder.commands.{command}").run(rest)
+    return dispatch("cache-builder", "cache_builder.commands", SUMMARY, arguments)
 
 
 def entry() -> None:
