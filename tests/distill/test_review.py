@@ -11,7 +11,7 @@ from cache_making import write_cache
 
 from distill.exclusions import read_exclusions
 from distill.main import main
-from distill.review_sheet import COLUMNS, FORMULA
+from distill.review.sheet import COLUMNS, FORMULA
 from distill.scoring import score, shared_regions, teacher_scores
 from distill.students import load_model, load_tokenizer
 from storage_specs import completion_document, is_held_out, open_cache, text_document
@@ -119,7 +119,7 @@ def test_no_cell_is_a_formula_and_no_text_is_markup(sheet, cache_path):
 
 
 def test_an_interrupted_review_goes_on(sheet, cache_path, student_path, tmp_path, monkeypatch):
-    from distill import review
+    from distill.review import reviewer as review
 
     path, scored, whole = tmp_path / "again.csv", [], review.score
 

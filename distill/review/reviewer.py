@@ -18,11 +18,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.alignment import align
-from distill.disagreement import Span, different_words, shared_groups, worst_spans
 from distill.encoder_decoder import decoder_start_of
 from distill.exclusions import Exclusions
 from distill.head import picked_logits
-from distill.review_progress import Figures, ReviewProgress
+from distill.review.disagreement import Span, different_words, shared_groups, worst_spans
+from distill.review.progress import Figures, ReviewProgress
 from distill.scoring import Scores, score, teacher_scores
 from distill.student_inputs import StudentInputs
 from distill.word_map import map_words
