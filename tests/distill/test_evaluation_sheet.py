@@ -95,7 +95,7 @@ def test_a_teacher_of_another_cache(cache_path, student_path, monkeypatch):
     monkeypatch.setattr(evaluation_module, "_Student", lambda *_: pytest.fail("a model was loaded"))
     cache = open_cache(cache_path)
     cache.manifest.teacher["weights_digest"] = "0" * 64
-    with pytest.raises(CacheMismatchError, match="--teacher .* was built with 0+ .tiny-teacher"):
+    with pytest.raises(CacheMismatchError, match=r"--teacher .* was built with 0+ .tiny-teacher"):
         evaluation_module.evaluate(
             evaluation_module.Evaluation(models={"a": str(student_path)}, cache=cache, teacher=str(student_path))
         )
