@@ -57,6 +57,7 @@ def evaluate_parser() -> Parser:
     add("--max_length", type=count, default=1024, metavar="N", help="tokens per scored window (default: 1024)")
     add("--batch_size", type=count, default=8, metavar="N", help="windows or prompts per forward pass (default: 8)")
     add("--max_documents", type=count, metavar="N", help="take the first N held-out documents")
+    add("--exclude_documents", type=Path, metavar="FILE", help="leave these held-out documents out (a doc_id a line)")
     add("--max_examples", type=count, metavar="N", help="take the first N examples of the task")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), metavar="D", help="of the weights")
     add_template(parser, "the models'")
@@ -90,18 +91,26 @@ def run(arguments: Sequence[str]) -> int:
     from distill.evaluation.answering import Answering
     from distill.evaluation.evaluate import Evaluation, evaluate
     from distill.evaluation.report_format import as_html, as_markdown, as_text
+    from distill.exclusions import Exclusions, read_exclusions
     from distill.text_files import write_text
     from storage_specs.reader import open_cache
 
+    cache = None if namespace.cache is None else open_cache(namespace.cache, corpus=namespace.corpus)
+    excluded = None
+    if (listed := namespace.exclude_documents) is not None:
+        if cache is None:
+            raise ConfigError("--exclude_documents without --cache: it names a cache's documents")
+        excluded = Exclusions(cache, read_exclusions(listed), listed)
     evaluation = Evaluation(
         models=models,
         teacher=namespace.teacher,
-        cache=None if namespace.cache is None else open_cache(namespace.cache, corpus=namespace.corpus),
+        cache=cache,
         task=task,
         lm_eval=lm_eval,
         sheet=namespace.sheet,
         metrics=tuple(namespace.metric),
         max_documents=namespace.max_documents,
+        excluded=excluded,
         max_examples=namespace.max_examples,
         dtype=namespace.dtype,
         how=Answering(

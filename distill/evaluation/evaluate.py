@@ -19,6 +19,7 @@ from distill.evaluation.partial import AnswerFile, kept_figures, kept_scores
 from distill.evaluation.report import Metric, ModelReport, Report, write_report
 from distill.evaluation.sheet import settings_of, sheet_of
 from distill.evaluation.tasks import Task
+from distill.exclusions import Exclusions
 from distill.scoring import Scores, score
 from distill.students import evaluated_digest, load_model, load_tokenizer, model_folder, parameter_count
 from storage_specs.document import CachedDocument
@@ -37,7 +38,7 @@ class Evaluation:
 
     teacher: a live one beside the models, whose bits per byte are the cache's, of which it must be the teacher.
     sheet: what each costs on this machine, too. max_documents: held-out documents, max_examples: of the task, the
-    first so many; metrics: names, () = what suits the task; dtype: of the weights; how: lengths, batches and
+    first so many; excluded: held-out documents that are left out; metrics: names, () = what suits the task; dtype: of the weights; how: lengths, batches and
     templates of both.
     """
 
@@ -49,6 +50,7 @@ class Evaluation:
     sheet: bool = False
     metrics: tuple[str, ...] = ()
     max_documents: int | None = None
+    excluded: Exclusions | None = None
     max_examples: int | None = None
     dtype: str = "float32"
     how: Answering = field(default_factory=Answering)
@@ -78,8 +80,10 @@ def evaluate(evaluation: Evaluation, output_file: Path | None = None) -> Report:
     task = evaluation.task and evaluation.task.first(evaluation.max_examples)
     metric_names = chosen_metrics(task, evaluation.metrics) if task else []
     held_out: list[CachedDocument] = []
+    held_out_is: dict[str, str | None] = {}
     if evaluation.cache is not None:
-        held_out = held_out_of(CachedDocuments(evaluation.cache, held_out=True), evaluation.max_documents)
+        documents = CachedDocuments(evaluation.cache, held_out=True, excluded=evaluation.excluded)
+        held_out, held_out_is = held_out_of(documents, evaluation.max_documents), documents.identity
     partial = None if output_file is None else output_file.with_suffix(".partial")
     if evaluation.teacher is not None and evaluation.cache is not None:
         _check_teacher(evaluation.teacher, evaluation.cache)
@@ -92,7 +96,7 @@ def evaluate(evaluation: Evaluation, output_file: Path | None = None) -> Report:
         metrics: dict[str, Metric] = {}
         notes: tuple[str, ...] = ()
         if evaluation.cache is not None and name != TEACHER:
-            scores[name] = _scores(student, name, held_out, evaluation, partial)
+            scores[name] = _scores(student, name, held_out, held_out_is, evaluation.how, partial)
         if task is not None:
             found = _answers(student, name, task, evaluation.how, partial)
             metrics = task_metrics(task, {one.id: one.text for one in found}, metric_names)
@@ -110,7 +114,7 @@ def evaluate(evaluation: Evaluation, output_file: Path | None = None) -> Report:
             models[name] = replace(models[name], sheet=sheet)
     report = Report(subjects=_subjects(evaluation, task), models=models)
     if evaluation.cache is not None:
-        report = _with_bits_per_byte(report, evaluation.cache, held_out, scores)
+        report = _with_bits_per_byte(report, held_out_is, held_out, scores)
     if output_file is not None and partial is not None:
         write_report(output_file, report)
         _keep_answers(partial, output_file.with_suffix(".predictions"))
@@ -152,14 +156,18 @@ class _Student:
 
 
 def _scores(
-    student: _Student, name: str, held_out: Sequence[CachedDocument], evaluation: Evaluation, partial: Path | None
+    student: _Student,
+    name: str,
+    held_out: Sequence[CachedDocument],
+    held_out_is: Mapping[str, str | None],
+    how: Answering,
+    partial: Path | None,
 ) -> list[Scores]:
-    how, cache = evaluation.how, evaluation.cache
     rendering = {key: getattr(how, key) for key in ("max_length", "chat_template", "chat_template_kwargs")}
     whose = {"digest": student.digest, "dtype": student.dtype, **rendering, "documents": len(held_out)}
     return kept_scores(
         partial and partial / f"{name}.npz",
-        whose | {"cache_id": cache and cache.manifest.cache_id},
+        whose | held_out_is,
         lambda: score(*student.loaded(), held_out, **rendering, batch_size=how.batch_size, label=name),
     )
 
@@ -212,7 +220,10 @@ def _subjects(evaluation: Evaluation, task: Task | None) -> dict[str, dict[str, 
 
 
 def _with_bits_per_byte(
-    report: Report, cache: Cache, held_out: Sequence[CachedDocument], scores: Mapping[str, Sequence[Scores]]
+    report: Report,
+    held_out_is: Mapping[str, str | None],
+    held_out: Sequence[CachedDocument],
+    scores: Mapping[str, Sequence[Scores]],
 ) -> Report:
     """The report with the cache in front of its subjects, the metric of every model, and the cache's teacher."""
     found, counts = bits_per_byte(held_out, scores)
@@ -221,7 +232,7 @@ def _with_bits_per_byte(
         name: replace(model, metrics={BITS_PER_BYTE: found[name], **model.metrics})
         for name, model in {**report.models, TEACHER: report.models.get(TEACHER, silent)}.items()
     }
-    return Report(subjects={"cache": {"cache_id": cache.manifest.cache_id, **counts}, **report.subjects}, models=models)
+    return Report(subjects={"cache": {**held_out_is, **counts}, **report.subjects}, models=models)
 
 
 def _keep_answers(partial: Path, final: Path) -> None:

@@ -142,7 +142,7 @@ class Reviewer:
         words, apart = self._words(document, spans)
         return ReviewedDocument(
             figures=figures,
-            doc_id=self.cache.doc_ids[figures.number],
+            doc_id=document.doc_id,
             held_out=bool(self.cache.held_out_D[figures.number]),
             kind=document.kind,
             messages=tuple((m.role, document.content(number)) for number, m in enumerate(document.messages)),
