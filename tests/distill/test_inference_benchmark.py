@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
-from distill.inference_benchmark import (
+from distill.evaluation.inference_benchmark import (
     InferenceSettings,
     Spread,
     machine,

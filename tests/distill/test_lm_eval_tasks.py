@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from distill.lm_eval_tasks import LmEvalTasks
+from distill.evaluation.lm_eval_tasks import LmEvalTasks
+from distill.evaluation.report import read_report
+from distill.main import main
 from storage_specs.errors import ConfigError
 
 CAPITALS = [("France", "Paris", "London"), ("Italy", "Rome", "Berlin"), ("Spain", "Madrid", "Bern")]
@@ -67,7 +69,7 @@ def naive(model, tokenizer, prompt_ids: list[int], text_ids: list[int]) -> float
 
 def test_figures_are_those_of_naive_log_likelihoods(folder, model, smollm2_tokenizer, capfd):
     tasks = LmEvalTasks(["our_capitals", "our_text"], include_path=folder)
-    found = tasks.evaluate(model, smollm2_tokenizer, batch_size=2, max_length=128)
+    found = tasks.evaluate(model, smollm2_tokenizer, batch_size=2)
     assert capfd.readouterr() == ("", "")
 
     def ids(text: str) -> list[int]:
@@ -93,9 +95,43 @@ def test_figures_are_those_of_naive_log_likelihoods(folder, model, smollm2_token
     assert bits["value"] == pytest.approx(sum(nats) / math.log(2) / (3 * len(TEXT.encode())), rel=1e-5)
     assert bits["stderr"] is None
     assert not bits["higher_is_better"]
-    first = LmEvalTasks(["our_text"], include_path=folder, limit=1).evaluate(model, smollm2_tokenizer, max_length=128)
+    first = LmEvalTasks(["our_text"], include_path=folder, limit=1).evaluate(model, smollm2_tokenizer)
     assert first["our_text"]["documents"] == 1
     assert first["our_text"]["metrics"]["bits_per_byte"]["value"] != pytest.approx(bits["value"])
+
+
+def test_in_a_report_and_taken_up_again(folder, student_path, tmp_path, monkeypatch):
+    flags = ["evaluate", "--model", f"a={student_path}", "--model", f"b={student_path}", "--output_file"]
+    flags += [
+        str(tmp_path / "e.json"),
+        "--lm_eval_tasks",
+        "our_capitals,our_text",
+        "--lm_eval_include_path",
+        str(folder),
+    ]
+    asked, evaluate = [], LmEvalTasks.evaluate
+
+    def interrupted(self, *model, **options):
+        asked.append(self)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return evaluate(self, *model, **options)
+
+    monkeypatch.setattr(LmEvalTasks, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(flags)
+    assert main(flags) == 0
+    assert len(asked) == 3
+    report = read_report(tmp_path / "e.json")
+    assert report.subjects["lm_eval"]["tasks"] == "our_capitals,our_text"
+    metrics = report.models["a"].metrics
+    assert metrics == report.models["b"].metrics
+    assert metrics["our_capitals/acc"].unit == "%"
+    assert metrics["our_capitals/acc"].value == pytest.approx(100 * round(metrics["our_capitals/acc"].value * 0.03) / 3)
+    assert metrics["our_capitals/acc"].standard_error > 1
+    assert not metrics["our_text/bits_per_byte"].higher_is_better
+    assert main(["check", "--baseline", str(tmp_path / "e.json"), "--report", str(tmp_path / "e.json")]) == 0
+    assert [each.name for each in tmp_path.iterdir()] == ["e.json"]
 
 
 def test_tasks_that_cannot_be_run(folder, model, smollm2_tokenizer, tmp_path, monkeypatch):
@@ -110,7 +146,7 @@ def test_tasks_that_cannot_be_run(folder, model, smollm2_tokenizer, tmp_path, mo
     broken = (folder / "our_text.yaml").read_text().replace(str(folder / "our_text.jsonl"), "nowhere.jsonl")
     (tmp_path / "broken.yaml").write_text(broken)
     with pytest.raises(ConfigError, match=r"our_text: lm-eval failed: .*nowhere\.jsonl"):
-        LmEvalTasks(["our_text"], include_path=tmp_path).evaluate(model, smollm2_tokenizer, max_length=128)
+        LmEvalTasks(["our_text"], include_path=tmp_path).evaluate(model, smollm2_tokenizer)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ConfigError, match=r'pip install "teach-once\[eval\]"'):
         LmEvalTasks(["our_text"], include_path=folder)

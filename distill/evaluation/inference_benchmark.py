@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-from distill.students import is_adapter, load_model, load_tokenizer
+from distill.students import is_adapter, load_model, load_tokenizer, model_folder
 from storage_specs.errors import ConfigError
 from storage_specs.model_identity import WEIGHT_PATTERNS
 
@@ -230,9 +229,7 @@ def weights_bytes(path: str) -> int:
 
         base = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
         return weights_bytes(base) + sum(file.stat().st_size for file in Path(path).glob("adapter_model.*"))
-    folder = Path(path)
-    if not folder.is_dir():
-        folder = Path(transformers.utils.cached_file(path, "config.json")).parent
+    folder = model_folder(path)
     files = next(filter(None, (list(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS)), [])
     if not files:
         raise ConfigError(f"the model {path} has no weight files ({', '.join(WEIGHT_PATTERNS)}) in {folder}")
