@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cache_making import tiny_student
 from safetensors.torch import load_file
 from test_command import command
 
@@ -85,18 +84,17 @@ def test_ranks_learn_what_one_process_learns(cache_path, student_path, one_proce
 
 
 def test_every_kind_of_student_and_loss_under_two_ranks(
-    cache_path, student_path, prompts_path, mt0_path, gemma_tokenizer, tmp_path
+    cache_path, chat_cache_path, student_path, prompts_path, mt0_path, tmp_path
 ):
     """LoRA, packing and an encoder-decoder under FSDP2; KL and JSD of the teacher's own tokenizer under DDP."""
-    gemma = tiny_student(tmp_path / "gemma", gemma_tokenizer)
     of_t5 = ("--fsdp", "--fsdp_config", FSDP[2].replace("LlamaDecoderLayer", "T5Block"))
     cases = {
         "lora": (cache_path, student_path, FSDP, (*LOSS, "--use_peft", "--lora_r", "4", "--lora_dropout", "0")),
         "packing": (cache_path, student_path, FSDP, (*LOSS, "--packing")),
         "seq2seq": (prompts_path, mt0_path, of_t5, LOSS),
-        "kl": (cache_path, gemma, (), ("--loss", "ce:1,kl:1,jsd:0.5")),
+        "kl": (chat_cache_path, student_path, (), ("--loss", "ce:1,kl:1,jsd:0.5")),
     }
-    steps = ("--max_steps", "4", "--save_strategy", "no", "--per_device_train_batch_size")
+    steps = ("--max_steps", "3", "--save_strategy", "no", "--per_device_train_batch_size")
     runs = []
     for name, (cache, student, parallel, more) in cases.items():
         assert main(command(cache, student, tmp_path / f"{name}-1", *steps, "4", *more)) == 0
