@@ -38,8 +38,8 @@ class Evaluation:
 
     teacher: a live one beside the models, whose bits per byte are the cache's, of which it must be the teacher.
     sheet: what each costs on this machine, too. max_documents: held-out documents, max_examples: of the task, the
-    first so many; excluded: held-out documents that are left out; metrics: names, () = what suits the task; dtype: of the weights; how: lengths, batches and
-    templates of both.
+    first so many; excluded: held-out documents that are left out; metrics: names, () = what suits the task; dtype: of
+    the weights; how: lengths, batches and templates of both.
     """
 
     models: Mapping[str, str]
