@@ -156,7 +156,7 @@ class Reviewer:
     ) -> tuple[dict[int, tuple[Words, Words]], float | None]:
         """{span: (student's, teacher's likeliest words where it begins)}, and the mean of `different_words`."""
         apart, found = [], {}
-        for window in self.inputs.windows(document):
+        for window in self.inputs.windows([document])[0]:
             index_N, row_N = align(document, window)
             if not len(row_N):
                 continue
