@@ -149,8 +149,9 @@ class _Student:
         return self._loaded
 
     def release(self) -> None:
-        """Its memory is free for the next one."""
+        """Its memory is free for the next one, in whatever process."""
         self._loaded = None
+        torch.cuda.empty_cache()  # does nothing where no GPU was used
 
     @property
     def parameters(self) -> int:
