@@ -18,7 +18,7 @@ from cache_builder.rows import Cutter
 from cache_builder.teacher import WEIGHT_PATTERNS
 from storage_specs.document import Document
 from storage_specs.drift import MEASURES, STATISTICS
-from storage_specs.errors import EngineError
+from storage_specs.errors import DriftError, EngineError
 from storage_specs.windows import Window
 
 DEFAULT_TOKENS = 512
@@ -32,7 +32,7 @@ WEIGHT_BYTES = 2  # per parameter in the files; quantised ones are larger in flo
 def check_engine(engine: Engine, cutter: Cutter, documents: Sequence[Document], tokens: int) -> dict[str, Any] | None:
     """The drift over the first `tokens` tokens of `documents`, or None where nothing independent can be had.
 
-    Prints one line to stderr. Raises EngineError where the drift is beyond its limits.
+    Prints one line to stderr. Raises DriftError where the drift is beyond its limits, EngineError.
     """
     windows = list(_first_windows((window for item in documents for window in cutter.windows(item)), tokens))
     reference = _reference(engine.config) if _is_approximate(engine) else None
@@ -58,7 +58,7 @@ def check_engine(engine: Engine, cutter: Cutter, documents: Sequence[Document], 
     print(f"self-check of {drift['rows']} rows against {name}: {table}", file=sys.stderr)
     gold, probs = LIMITS[engine.config.dtype]
     if not (drift["gold_logprob"]["p50"] <= gold and drift["probs"]["p99"] <= probs):
-        raise EngineError(
+        raise DriftError(
             f"the engine differs from {name} by {drift['gold_logprob']['p50']:.2g} nats in half of the gold "
             f"log-probabilities (limit {gold}) and by {drift['probs']['p99']:.2g} in 1 % of the sorted probabilities "
             f"(limit {probs}): its rows would be wrong. --self_check 0 builds without this check"

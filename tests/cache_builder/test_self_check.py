@@ -14,7 +14,7 @@ from cache_builder.engines.base import WindowScores
 from cache_builder.engines.transformers import TransformersEngine
 from cache_builder.self_check import drift_between
 from storage_specs.drift import drift_problem, worst_drift
-from storage_specs.errors import EngineError
+from storage_specs.errors import DriftError
 from storage_specs.windows import Window
 
 
@@ -81,6 +81,6 @@ def test_wrong_rows_stop_the_build_unless_it_is_told_not_to_look(
                 yield dataclasses.replace(scores, gold_logprob=np.roll(scores.gold_logprob, 1))
 
     monkeypatch.setattr(TransformersEngine, "score", shifted)
-    with pytest.raises(EngineError, match="its rows would be wrong"):
+    with pytest.raises(DriftError, match="its rows would be wrong"):
         build(config)
     assert build(dataclasses.replace(config, self_check=0)).manifest.drift is None
