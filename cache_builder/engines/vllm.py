@@ -132,6 +132,10 @@ class VllmEngine:
             llm, self._llm = self._llm, None
             llm.llm_engine.engine_core.shutdown()
 
+    @property
+    def is_loaded(self) -> bool:
+        return self._llm is not None
+
     def parameters(self, **changed: Any) -> Any:
         """What every request asks of vLLM, as its `SamplingParams`."""
         from vllm import SamplingParams

@@ -1,6 +1,7 @@
 """Mode generate with vLLM (CPU build, about a minute): rows of sampled tokens against a brute-force forward pass.
 
-In a process of its own, like the tests of scoring; once through the kept arrays, once through the public fallback.
+In a process of its own, like the tests of scoring; once through the rows that the worker keeps, once through the public
+fallback.
 """
 
 import os
@@ -8,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +20,27 @@ import transformers
 
 from cache_builder.engines.base import EngineConfig
 from cache_builder.engines.generating import Generation, Prompt
-from cache_builder.engines.vllm_sampled import SampledRows, rows_of
+from cache_builder.engines.vllm_sampled import SampledRows, flat_rows_of, hook_sampler, release_sampler, rows_of
 from cache_builder.sampling import Sampling
+from storage_specs.sketch import bin_masses, log_rank_edges
 from storage_specs.vocabulary import token_bytes
 
 K = 20
+EDGES = tuple(log_rank_edges(K, 49152, 16).tolist())
 ENVIRONMENT = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 GENERATE = """
-import pickle, sys
-from cache_builder.engines import make_engine, vllm_generate
+import dataclasses, pickle, sys
+from cache_builder.engines import make_engine
 if __name__ == "__main__":
     with open(sys.argv[1], "rb") as file:
         config, words, cases = pickle.load(file)
     engine, made = make_engine("vllm", config), []
-    for keep in (False, True):
-        problem = None if keep else "the test wants the public way"
-        original = vllm_generate.keep_sampled_rows
-        vllm_generate.keep_sampled_rows = original if keep else lambda: problem
+    for kept in (False, True):
         for sampling, prompts in cases:
-            made.append(list(engine.generator(sampling, words).generate(iter(prompts))))
-        vllm_generate.keep_sampled_rows = original
+            generator = engine.generator(sampling, words)
+            engine.config = config if kept else dataclasses.replace(config, rank_edges=None)
+            generator.kept = kept
+            made.append(list(generator.generate(iter(prompts))))
     with open(sys.argv[2], "wb") as file:
         pickle.dump(made, file)
     engine.close()
@@ -71,6 +74,7 @@ def test_rows_are_the_models_own_whatever_the_sampling(smollm2_path: Path, tmp_p
         max_model_len=128,
         k=K,
         vocab_size=49152,
+        rank_edges=EDGES,
         arguments={"enforce_eager": True, "max_num_seqs": "2"},
     )
     words = token_bytes(tokenizer)
@@ -89,6 +93,7 @@ def test_rows_are_the_models_own_whatever_the_sampling(smollm2_path: Path, tmp_p
             assert answer.ended == (answer.ids[-1] == 2)
             assert (answer.finish_reason == "length") == (len(answer.ids) == prompt.max_tokens and not answer.ended)
     assert len({tuple(answer.ids) for answer in made[1]}) > 3
+    assert all((answer.scores.tail_bins is not None) == (case >= 3) for case in range(6) for answer in made[case])
     for one, two in zip(made[0] + made[2], made[3] + made[5], strict=True):
         assert one.ids.tolist() == two.ids.tolist()
         np.testing.assert_allclose(one.scores.probs, two.scores.probs, atol=1e-5)
@@ -114,6 +119,9 @@ def assert_brute_force(model: Any, prompt: Prompt, answer: Generation) -> None:
         np.testing.assert_allclose(scores.probs[row], sorted_V[:K], atol=1e-4)
         np.testing.assert_allclose(scores.tail_mass[row], sorted_V[K:].sum(), atol=5e-4)
         np.testing.assert_allclose(scores.gold_logprob[row], log_probs_GV[row, token], atol=1e-3)
+        if scores.tail_bins is not None:
+            bins_J = bin_masses(sorted_V[None], np.array(EDGES))[0]
+            np.testing.assert_allclose(scores.tail_bins[row], bins_J, atol=1e-4)
 
 
 def assert_greedy(model: Any, prompt: Prompt, answer: Generation) -> None:
@@ -123,10 +131,59 @@ def assert_greedy(model: Any, prompt: Prompt, answer: Generation) -> None:
 
 
 def test_rows_that_are_laid_out_otherwise_are_refused() -> None:
-    ids, values = np.array([[3, 1, 2]]), np.array([[-1.0, -0.5, -1.5]])
-    good = rows_of(SampledRows([(ids, values), (ids, values)]), 2)
-    assert (good[0].shape, good[1].dtype) == ((2, 3), np.float32)
-    wide = rows_of(SampledRows([(np.array([[3, 1, 2, 9]]), np.zeros((1, 4)))]), 2)
-    assert wide[0].tolist() == [[3, 1, 2]]
-    with pytest.raises(ValueError, match="expected 4 wide"):
-        rows_of(SampledRows([(ids, values)]), 3)
+    flat = types.SimpleNamespace(token_ids=[3, 1, 2, 3, 2, 1], logprobs=[-1.0, -0.5, -1.5] * 2)
+    ids, values = flat_rows_of(flat, np.array([3, 3]), 2)
+    assert (ids.tolist(), values.dtype) == ([[3, 1, 2], [3, 2, 1]], np.float32)
+    for wrong in ([3], [3, 1]):
+        with pytest.raises(ValueError, match="rows for"):
+            flat_rows_of(flat, np.array(wrong), 2)
+
+
+def test_a_worker_gives_the_rows_of_a_request_once_and_drops_what_comes_late() -> None:
+    """Two requests, the second of which reads its prompt in the first step; names end where vLLM adds its own."""
+    rows, generator = SampledRows(2, (2, 5)), torch.Generator().manual_seed(0)
+    logits_SBV = torch.randn(4, 2, 5, generator=generator)
+    for step, logits_BV in enumerate(logits_SBV):
+        sampled_B = torch.tensor([step, 4 - step])
+        rows.keep(["a#-12ab", "b#"], logits_BV, sampled_B, torch.tensor([True, step > 0]))
+    answer, other = rows.take(["a", "b"])
+    values_GW, ids_GK = rows_of(answer, np.array([0, 1, 2]), 2, 1)
+    sorted_GV = logits_SBV[:3, 0].log_softmax(-1).sort(descending=True)
+    np.testing.assert_allclose(values_GW[:, 1:3], sorted_GV.values[:, :2], atol=1e-6)
+    np.testing.assert_allclose(values_GW[:, 3], 1 - sorted_GV.values[:, :2].exp().sum(1), atol=1e-6)
+    np.testing.assert_allclose(values_GW[:, 0], logits_SBV[:3, 0].log_softmax(-1).diagonal(), atol=1e-6)
+    assert ids_GK.tolist() == sorted_GV.indices[:, :2].tolist()
+    assert rows_of(other, np.array([3, 2, 1]), 2, 1)[0].shape == (3, 4)
+    for wrong in ([0, 1, 2, 3, 4], [1, 1]):
+        with pytest.raises(ValueError, match="which are not"):
+            rows_of(answer, np.array(wrong), 2, 1)
+    rows.keep(["a#-12ab"], logits_SBV[0, :1], torch.tensor([0]), torch.tensor([True]))
+    assert rows.take(["c"])[0][0] == 0
+    assert not rows.open
+
+
+class Sampler:
+    """As the V2 runner's: takes logits, and may change them in place."""
+
+    def __call__(self, logits: torch.Tensor, input_batch: Any) -> Any:
+        sampled_B1 = logits.argmax(dim=1, keepdim=True)
+        logits.zero_()
+        return types.SimpleNamespace(sampled_token_ids=sampled_B1, num_sampled=torch.ones(len(logits)))
+
+
+def test_the_v2_sampler_is_seen_and_let_go() -> None:
+    runner = types.SimpleNamespace(sampler=Sampler(), prompt_logprobs_worker=None)
+    batch = types.SimpleNamespace(req_ids=["a#", "b#"])
+    logits_BV = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):  # hooked anew, it is hooked once
+        rows = SampledRows(3, None)
+        hook_sampler(runner, rows)
+    output = runner.sampler(logits_BV.clone(), batch)
+    (answer,) = rows.take(["b"])
+    values_GW, _ = rows_of(answer, output.sampled_token_ids[1].numpy(), 3, 0)
+    expected_V = logits_BV[1].log_softmax(-1)
+    np.testing.assert_allclose(values_GW[0], expected_V.max().repeat(1).tolist() + expected_V.topk(3).values.tolist())
+    release_sampler(runner)
+    assert type(runner.sampler) is Sampler
+    with pytest.raises(TypeError, match="expected self, logits, input_batch"):
+        hook_sampler(types.SimpleNamespace(sampler=len, prompt_logprobs_worker=None), rows)
