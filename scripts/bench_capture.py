@@ -129,7 +129,7 @@ class Bench:
             max_model_len=arguments.length + 1,
             k=max(arguments.k),
             vocab_size=shape["vocab_size"],
-            arguments={"load_format": "dummy"} | dict(_argument(item) for item in arguments.engine),
+            arguments={"load_format": "dummy"} | dict(engine_argument(item) for item in arguments.engine),
         )
         self.engine = VllmEngine(self.config)
         self.engine.load()  # for the largest k: vLLM refuses more later
@@ -204,7 +204,7 @@ class Bench:
         return time.perf_counter() - started
 
 
-def _argument(text: str) -> tuple[str, Any]:
+def engine_argument(text: str) -> tuple[str, Any]:
     name, has_value, value = text.partition("=")
     return name, value if has_value else True
 
@@ -286,7 +286,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--documents-per-shard", type=int, default=8)
     parser.add_argument("--encoders", type=int, default=encoder_count(1), help="processes that encode; 0: threads")
-    parser.add_argument("--show", action="store_true", help="print the CSV as README.md's table, and measure nothing")
+    parser.add_argument("--show", action="store_true", help="print README.md's table from the CSV, measure nothing")
     parser.add_argument("--store", default="zarr")
     parser.add_argument("--profile", default=DEFAULT_PROFILE)
     parser.add_argument("--sketch-profile", default="sketch")
