@@ -3,9 +3,10 @@
     python scripts/drift_table.py                 # vLLM's CPU build, about 6 minutes on two cores
     python scripts/drift_table.py --show          # README.md's table from the CSV
 
-Lands in scripts/results/drift.csv: absolute differences of the same rows (the first passages of Wikipedia, at most 512 tokens each, k = 64): of the gold
-log-probability and of the sorted log-probabilities in nats, and of the sorted probabilities. The limits of the
-builder's self-check (`cache_builder/self_check.py`) come from this table. Every engine runs in a process of its own.
+Lands in scripts/results/drift.csv: absolute differences of the same rows (the first passages of Wikipedia, at most 512
+tokens each, k = 64), of the gold log-probability and of the sorted log-probabilities in nats, and of the sorted
+probabilities. The limits of the builder's self-check (`cache_builder/self_check.py`) come from this table. Every engine
+runs in a process of its own.
 """
 
 import argparse
