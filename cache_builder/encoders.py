@@ -6,10 +6,11 @@ from the engine's client just when its next step is due. A shard's rows travel a
 
 import os
 import signal
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 
 from storage_specs.document import CachedDocument
 from storage_specs.errors import EngineError
@@ -62,6 +63,15 @@ def _begin(settings: CacheSettings) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business: it lets shards under way finish
     if hasattr(os, "nice"):
         os.nice(5)  # the engine's processes come first
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    """A pool's process holds both ends of its queue, and would wait for a killed parent for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _nothing() -> None:

@@ -177,6 +177,8 @@ def main() -> None:
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if name.startswith("preempted") else "1",
         }
+        if name.endswith("parallel"):
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"  # left alone, vLLM wants a NUMA node for each process
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run([sys.executable, __file__, "--work", name, folder], env=environment, check=False)
