@@ -16,7 +16,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ REFERENCE = ("transformers float32", "transformers", "float32", {})
 # name, engine, dtype, arguments; the head is float32 where vLLM is not told otherwise
 ENGINES = (
     ("transformers bfloat16", "transformers", "bfloat16", {}),
+    ("transformers float16", "transformers", "float16", {}),
     ("vLLM float32", "vllm", "float32", {}),
     ("vLLM bfloat16", "vllm", "bfloat16", {}),
     ("vLLM bfloat16, bfloat16 head", "vllm", "bfloat16", {"hf_overrides": '{"head_dtype": "bfloat16"}'}),
@@ -74,13 +75,15 @@ def work(given: Path, made: Path) -> None:
     engine.close()
 
 
-def measured(documents: int) -> Iterator[dict[str, Any]]:
+def measured(documents: int, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     import vllm
 
     for model, folder in (("Gemma-3-270M", demo_assets.gemma_path()), ("SmolLM2-135M", demo_assets.smollm2_path())):
         windows = windows_of(folder, documents)
         expected = scored(*REFERENCE[1:], folder, windows)
         for name, engine, dtype, arguments in ENGINES:
+            if name not in names:
+                continue
             drift = drift_between(scored(engine, dtype, arguments, folder, windows), expected)
             yield {
                 "model": model,
@@ -103,6 +106,8 @@ def readme_table(rows: list[dict[str, str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=6)
+    names = [name for name, *_ in ENGINES]
+    parser.add_argument("--engines", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--show", action="store_true", help="print README.md's table from the CSV, measure nothing")
     parser.add_argument("--work", type=Path, nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "drift.csv")
@@ -114,7 +119,7 @@ def main() -> None:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         table, rows = ResultTable(given.output), []
-        for row in measured(given.documents):
+        for row in measured(given.documents, given.engines):
             rows.append(row)
             table.write(rows)
             print(" ".join(f"{value}" for value in row.values()), flush=True)
