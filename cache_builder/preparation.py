@@ -4,8 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cache_builder.build_config import BuildConfig
-from cache_builder.encoders import encoder_count
-from cache_builder.engines import choose_engine, gpu_count, make_engine
+from cache_builder.engines import choose_engine, make_engine
 from cache_builder.engines.base import Engine, EngineConfig, check_window
 from cache_builder.extension import extended
 from cache_builder.prompts import read_prompts
@@ -76,7 +75,7 @@ def prepare(config: BuildConfig) -> Preparation:
         cutter=cutter,
         sampling=sampling,
         self_check=config.self_check,
-        encoders=encoder_count(config.data_parallel_size) if name == "vllm" and gpu_count() else 0,
+        replicas=config.data_parallel_size,
     )
     prepared = Preparation(documents=documents, engine=engine, recipe=recipe)
     return prepared if config.extend is None else extended(prepared, config.extend, config.documents_per_shard)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from cache_builder.completions import completed
-from cache_builder.encoders import ShardEncoders
-from cache_builder.engines import make_engine
+from cache_builder.encoders import ShardEncoders, encoder_count
+from cache_builder.engines import gpu_count, make_engine
 from cache_builder.engines.base import Engine, EngineConfig
 from cache_builder.engines.generating import Generation, Generator, Prompt
 from cache_builder.pipeline import WRITERS, BackgroundWriter, Job, OpenShard, finished_shards, windows_of_shard
@@ -39,7 +39,8 @@ class Recipe:
     sampling: in mode generate, where the plan's documents are prompts; None where they are scored as they are.
     self_check: tokens of its first shard that a worker scores twice (`self_check.check_engine`), 0 for none; of several
     workers the first one does.
-    encoders: processes that encode a worker's rows; 0 where its own threads do.
+    replicas: workers that may share a machine. encoders: processes that encode a worker's rows, 0 where its own threads
+    do; None: what the machine has cores for, where a GPU scores.
     """
 
     output: str | Path
@@ -50,7 +51,8 @@ class Recipe:
     cutter: Cutter
     sampling: Sampling | None = None
     self_check: int = 0
-    encoders: int = 0
+    replicas: int = 1
+    encoders: int | None = None
 
     def of_worker(self, number: int) -> "Recipe":
         """What one of several workers is told: they run the same teacher, so one of them checks it."""
@@ -88,7 +90,8 @@ class ShardWorker:
             return
         encode = self.encoders  # started while the engine loads
         write = partial(self.writer.write_shard, drift=self.drift(first), encode=encode)
-        with BackgroundWriter(write, lambda: done(*written.popleft()), self.recipe.encoders or WRITERS) as writing:
+        writers = WRITERS if encode is None else encode.size
+        with BackgroundWriter(write, lambda: done(*written.popleft()), writers) as writing:
             for opened, cached in self.finished(chain([first], jobs), progress):
                 written.append((opened.shard, opened.work))
                 writing.put(opened.shard, cached)
@@ -102,7 +105,10 @@ class ShardWorker:
     @cached_property
     def encoders(self) -> ShardEncoders | None:
         """The processes that encode; None where the writer's threads do."""
-        return ShardEncoders(self.recipe.settings, self.recipe.encoders) if self.recipe.encoders else None
+        size = self.recipe.encoders
+        if size is None:
+            size = encoder_count(self.recipe.replicas) if self.recipe.engine == "vllm" and gpu_count() else 0
+        return ShardEncoders(self.recipe.settings, size) if size else None
 
     def drift(self, first: Job) -> dict[str, Any] | None:
         """What the engine's rows of its first shard differ by from an independent forward pass; found out once.

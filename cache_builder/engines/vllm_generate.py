@@ -79,7 +79,7 @@ class VllmGenerator:
         problem = self.engine.flat_reason or "the worker was not asked to keep them"
         if self.kept:
             arguments = (self.engine.config.k, None if edges is None else list(edges))
-            problem = next(filter(None, llm.collective_rpc("capture_sampled", args=arguments)), None)
+            problem = next(filter(None, _ask(llm.collective_rpc, "capture_sampled", None, arguments)), None)
             self.kept = problem is None
         if self.kept:
             return
