@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -43,7 +43,7 @@ class ReplicaPool:
         spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used CUDA or threads is not safe
         for worker, devices in enumerate(_devices(size, gpus)):
             ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_replica, args=(theirs, recipe), name=f"replica-{worker}")
+            process = spawn.Process(target=_replica, args=(theirs, recipe.of_worker(worker)), name=f"replica-{worker}")
             with _environment(devices):
                 process.start()
             theirs.close()
@@ -104,10 +104,10 @@ class _Jobs:
 def _replica(pipe: Connection, recipe: Recipe) -> None:
     """A replica's whole life. Errors travel as exceptions; a lost parent or Ctrl-C end it quietly."""
     try:
-        worker = ShardWorker(recipe)
-        while True:
-            pipe.poll(None)
-            worker.run(_Jobs(pipe), lambda shard, work: pipe.send((shard, work)), Progress(0, 0, 0))
+        with closing(ShardWorker(recipe)) as worker:
+            while True:
+                pipe.poll(None)
+                worker.run(_Jobs(pipe), lambda shard, work: pipe.send((shard, work)), Progress(0, 0, 0))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
     except TeachOnceError as error:
