@@ -7,6 +7,7 @@ the replica with it, after the shard that it is at.
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -47,14 +48,15 @@ class ReplicaPool:
     def open(self, recipe: Recipe, devices_of: list[str | None]) -> None:
         """Start every replica, with the GPUs that it may see."""
         spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used CUDA or threads is not safe
-        for worker, devices in enumerate(devices_of):
-            ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_replica, args=(theirs, recipe), name=f"replica-{worker}")
-            with _environment(devices), _interrupts_held():
-                process.start()
-            theirs.close()
-            self.pipes[ours] = worker
-            self.processes.append(process)
+        with _interrupts_held():
+            for worker, devices in enumerate(devices_of):
+                ours, theirs = spawn.Pipe()
+                process = spawn.Process(target=_replica, args=(theirs, recipe), name=f"replica-{worker}")
+                with _environment(devices):
+                    process.start()
+                theirs.close()
+                self.pipes[ours] = worker
+                self.processes.append(process)
 
     def start(self, worker: int, job: Job) -> None:
         pipe = next((pipe for pipe, number in self.pipes.items() if number == worker), None)
@@ -149,14 +151,24 @@ def _devices(size: int, gpus: int) -> list[str | None]:
 def _interrupts_held() -> Iterator[None]:
     """Ctrl-C waits until this is left, and in a process that is started inside until that takes it.
 
-    So one that is interrupted while it still imports says nothing of it.
+    So one that is interrupted while it still imports says nothing of it. The mask is for them, who inherit it; here
+    another thread may be given the signal, for which Python interrupts the main one all the same.
     """
     resource_tracker.ensure_running()  # multiprocessing's own process: starting it would let interrupts through
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    came: list[int] = []
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    if in_main:
+        signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if in_main:
+            signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager
