@@ -13,46 +13,21 @@ not given they are Gemma-3-270M and SmolLM2-135M-Instruct (demo_assets.py, which
 """
 
 import argparse
-import csv
-import fcntl
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from proof_grid import ARMS, BLOCKS, KEY, RATES, SCALES, Block, Cell, Row, cells_of
+from proof_rows import append_row, claim, done_keys, lock_file, read_rows
 
 RESULTS = Path(__file__).parent / "results" / "proof.csv"
 # Seconds of a cell before one like it was measured: what its steps, and the rest, take there.
 GUESS = {"gpu": (0.06, 12.0), "cpu": (2.0, 60.0), "tiny": (0.2, 2.0)}
 PATIENCE = 2.0  # seconds between two looks at what others have finished
-
-
-def read_rows(results: Path) -> list[Row]:
-    """The finished cells. A line that a full disk or a power cut tore is no row."""
-    if not results.exists():
-        return []
-    with results.open(encoding="utf8", newline="") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values() and None not in row]
-
-
-def append_row(results: Path, row: dict[str, Any]) -> None:
-    """One line more, in one write; whoever else appends waits."""
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open("a+", encoding="utf8", newline="") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        text = file.read()
-        writer = csv.DictWriter(file, list(row))
-        if not text:
-            writer.writeheader()
-        elif not text.endswith("\n"):  # a torn line
-            file.write("\n")
-        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
 
 
 def chosen_blocks(options: argparse.Namespace) -> list[Block]:
@@ -91,14 +66,8 @@ def predicted_seconds(cell: Cell, rows: Sequence[Row]) -> float:
     return cell.training.steps * step + rest
 
 
-def done_keys(rows: Sequence[Row]) -> set[tuple[str, ...]]:
-    return {tuple(row[name] for name in KEY) for row in rows}
-
-
 def measure_cells(options: argparse.Namespace, measure: Callable[[Cell], dict[str, Any]], say: Callable[[str], None]):
     """Measure chosen cells one after the other until none is left to start, or the budget forbids it."""
-    from proof_stages import lock_file
-
     ends = time.monotonic() + options.budget_seconds
     while True:
         rows = read_rows(options.results)
@@ -126,16 +95,6 @@ def measure_cells(options: argparse.Namespace, measure: Callable[[Cell], dict[st
                 f"{cell}: {row['bits_per_byte']:.4f} bits per byte ({row['seconds']:.0f} s)"
                 + (f", {row['metric']} {row['score']:.3f}" if row["metric"] else "")
             )
-
-
-def claim(path: Path) -> TextIO | None:
-    """The open file of a lock that this process now holds until it closes it, or dies; None where another has it."""
-    file = path.open("a")
-    with suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
-    file.close()
-    return None
 
 
 def listing(options: argparse.Namespace) -> str:

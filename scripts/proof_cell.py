@@ -29,6 +29,7 @@ from distill.collator import word_map_of
 from distill.scoring import Scores, score, summed, teacher_scores
 from distill.word_map import WordMap
 from storage_specs.document import CachedDocument, Document
+from storage_specs.errors import AlignmentError
 from storage_specs.reader import Cache, open_cache
 
 MEASURED = (
@@ -78,7 +79,10 @@ class Laboratory:
         reported. Of plain text the cache's held-out ones, of tasks those of their own splits."""
         count = self.stages.training(task).test
         if task == "wikipedia":
-            return held_out_halves(self.cache(task, "given"), count)
+            halves = held_out_halves(self.cache(task, "given"), count)
+            if not all(halves):
+                raise AlignmentError(f"the cache of {task} has fewer than 2 held-out documents: nothing to measure on")
+            return halves
         return proof_tasks.validation_documents(task, count), proof_tasks.test_documents(task, count)
 
     def _baseline(self, task: str, student: str) -> "Baseline":

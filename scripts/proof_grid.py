@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
-__all__ = ["ARMS", "BLOCKS", "SCALES", "Arm", "Block", "Cell", "Row", "Training", "cells_of"]
-
 Row = Mapping[str, str]  # of the CSV
 DEFAULT_K_IDS = 16
 
@@ -75,7 +73,7 @@ SCALES: dict[str, dict[str, Training]] = {
         "boolq": Training(documents=4000, batch=16, steps=500, max_length=512, test=500, max_new_tokens=4),
     },
     "cpu": {
-        "wikipedia": Training(documents=1200, batch=8, steps=130, max_length=256, test=60),
+        "wikipedia": Training(documents=1200, batch=8, steps=80, max_length=256, test=48),
         "disfl_qa": Training(documents=200, batch=4, steps=50, max_length=384, test=40, max_new_tokens=16),
     },
     "tiny": {
@@ -85,6 +83,13 @@ SCALES: dict[str, dict[str, Training]] = {
 }
 # A cut student has everything to learn again, a whole one little to gain by large steps.
 RATES = {"smollm2-10": (2e-3, 4e-3, 8e-3), "smollm2-10-healed": (2e-4, 6e-4, 2e-3), "smollm2": (3e-5, 1e-4, 3e-4)}
+NOT_TUNED = {"cpu": 0}  # scales that have no time for more than one rate, by its number
+
+
+def rates_of(scale: str, student: str) -> tuple[float, ...]:
+    """The learning rates that are tried, ascending."""
+    rates = RATES[student]
+    return rates if scale not in NOT_TUNED else (rates[NOT_TUNED[scale]],)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +130,7 @@ KEY = tuple(Cell.__dataclass_fields__)
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Cells that stand in one table. tuned: every rate is tried on seed 0; else they take that of the block they vary."""
+    """Cells that stand in one table. tuned: every rate is tried on seed 0; else it is that of the block they vary."""
 
     task: str
     student: str
@@ -174,7 +179,7 @@ BLOCKS = _blocks()
 
 def cells_of(block: Block, scale: str, rows: Sequence[Row]) -> Iterator[Cell]:
     """The cells of a block in the order in which they are measured."""
-    rates = RATES[block.student]
+    rates = rates_of(scale, block.student)
     middle_first = sorted(rates, key=lambda rate: rate != rates[len(rates) // 2])
     if block.tuned:
         for rate in middle_first:

@@ -25,6 +25,7 @@ import proof_tasks
 import torch
 from cut_student import cut_student
 from proof_grid import SCALES, Training
+from proof_rows import lock_file
 
 RANKS = 64
 MIN_BYTES = 400  # of a Wikipedia passage
@@ -168,13 +169,6 @@ class Stages:
         with lock_file(self.folder, "-".join(path.parts[-2:])).open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
-
-
-def lock_file(folder: Path, name: str) -> Path:
-    """The file whose lock says that somebody is at work on this."""
-    locks = folder / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    return locks / "".join(letter if letter.isalnum() or letter in "-.+" else "_" for letter in name)
 
 
 def _replace(made: Path, scratch: Path) -> None:

@@ -1,6 +1,5 @@
 """The tasks of scripts/proof.py as documents, and how their answers are scored."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from proof_grid import Training
