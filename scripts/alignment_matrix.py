@@ -73,7 +73,7 @@ def texts() -> dict[str, str]:
                 for kind, code in (("German", "de"), ("Japanese", "ja")):
                     (folder / kind).write_text(_django(wheel, code), encoding="utf8")
 
-    folder = demo_assets._made_once(demo_assets.home() / "matrix_texts", make)
+    folder = demo_assets.made_once(demo_assets.home() / "matrix_texts", make)
     library = Path(sysconfig.get_path("stdlib"))
     found = {kind: (folder / kind).read_text("utf8") for kind in ("English", "French", "Spanish", "German", "Japanese")}
     return found | {"code": "\n".join((library / name).read_text("utf8") for name in CODE)}

