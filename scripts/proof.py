@@ -1,20 +1,21 @@
 """Does distillation from a cache pay? A resumable grid of training runs, one row of scripts/results/proof.csv each.
 
     python scripts/proof.py --list                        # every cell: measured, not measured, predicted seconds
-    python scripts/proof.py --core --budget_seconds 500   # measure what is missing, in order, as far as it fits
+    python scripts/proof.py --core --workers 4 --budget_seconds 500   # measure what is missing, in order, if it fits
     python scripts/proof.py --scale cpu --tasks wikipedia --arms ce mapped --seeds 0
     python scripts/proof.py --scale tiny --tasks wikipedia --seeds 0   # does it run?
 
 A cell is one student trained by `CachedDistillationTrainer` (proof_grid.py says which there are, proof_stages.py what
 they need first). A row is appended when its cell is finished, so a killed cell leaves none; the same command goes on.
-Several of them may run beside each other on one GPU, which one does not fill: each takes cells that nobody else has
-under way. The table of distill/README.md comes from the rows (proof_table.py). Where `--teacher` and `--student` are
-not given they are Gemma-3-270M and SmolLM2-135M-Instruct (demo_assets.py, which also takes pieces from a folder).
+Several processes (`--workers`, or the command given several times) share one GPU, which one of them does not fill: each
+takes cells that nobody else has under way. The tables of distill/README.md come from the rows (proof_table.py). Where
+`--teacher` and `--student` are not given they are Gemma-3-270M and SmolLM2-135M-Instruct (demo_assets.py).
 """
 
 import argparse
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -130,6 +131,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, metavar="N", help="(all)")
     add("--rates", nargs="+", type=float, metavar="R", help="learning rates (all)")
     add("--budget_seconds", type=float, default=float("inf"), metavar="S", help="start no cell that would end later")
+    add("--workers", type=int, default=1, metavar="N", help="processes that share the work (1)")
     add("--prepare", action="store_true", help="make what the chosen cells need, and measure nothing")
     add("--work", type=Path, default=Path("runs/proof"), help="models, caches (default: runs/proof)")
     add("--results", type=Path, default=RESULTS, help="the CSV (default: scripts/results/proof.csv)")
@@ -143,11 +145,23 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def run_workers(count: int, words: list[str]) -> int:
+    """The same command in `count` processes, and one more that makes, ahead of them, what cells to come will need."""
+    command = [sys.executable, __file__, *words, "--workers", "1"]  # the last of two flags counts
+    processes = [subprocess.Popen([*command, *more]) for more in (["--prepare"], *[[]] * count)]
+    try:
+        return max(process.wait() for process in processes)
+    except KeyboardInterrupt:  # they got it, too
+        return max(abs(process.wait()) for process in processes)
+
+
 def main(words: Sequence[str] | None = None) -> None:
     options = arguments(words)
     if options.list:
         print(listing(options))
         return
+    if options.workers > 1:
+        sys.exit(run_workers(options.workers, sys.argv[1:] if words is None else list(words)))
     began = time.monotonic()
 
     def say(line: str) -> None:

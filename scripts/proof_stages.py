@@ -15,8 +15,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ import torch
 from cut_student import cut_student
 from proof_grid import SCALES, Training
 from proof_rows import lock_file
+
+from cache_builder.main import main as cache_builder
 
 RANKS = 64
 MIN_BYTES = 400  # of a Wikipedia passage
@@ -95,7 +98,7 @@ class Stages:
         from proof_teacher import fine_tune
 
         training = self.training(task)
-        documents = proof_tasks.training_documents(task, training.documents)
+        documents = proof_tasks.documents(task, "train", training.documents)
         fine_tune(base, documents, scratch, batch=training.batch, max_length=2 * training.max_length, **FINE_TUNING)
 
     # ---- caches
@@ -133,7 +136,7 @@ class Stages:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(f".{path.name}-{os.getpid()}")
         with scratch.open("w", encoding="utf8") as file:
-            for document in proof_tasks.training_documents(task, self.training(task).documents):
+            for document in proof_tasks.documents(task, "train", self.training(task).documents):
                 record = {"prompt": document.content(0), "completion": document.content(1)}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         scratch.replace(path)
@@ -141,13 +144,17 @@ class Stages:
 
     def _run_builders(self, flags: dict[str, Any]) -> None:
         """`cache-builder build`, on a GPU in several processes that share the shards. Exits where one fails."""
-        command = [sys.executable, "-m", "cache_builder", "build"]
-        command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        ranges = [[]]
-        if torch.cuda.is_available():
-            each = -(-SHARDS // BUILDERS)
-            ranges = [["--shard_range", f"{first}:{first + each}"] for first in range(0, SHARDS, each)]
-        builders = [subprocess.Popen([*command, *part], stdout=subprocess.DEVNULL) for part in ranges]
+        words = ["build", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
+        if not torch.cuda.is_available():
+            with redirect_stdout(StringIO()):  # its summary
+                cache_builder(words)
+            return
+        each = -(-SHARDS // BUILDERS)
+        command = [sys.executable, "-m", "cache_builder", *words, "--shard_range"]
+        builders = [
+            subprocess.Popen([*command, f"{first}:{first + each}"], stdout=subprocess.DEVNULL)
+            for first in range(0, SHARDS, each)
+        ]
         if any([builder.wait() for builder in builders]):
             sys.exit(f"error: the cache {flags['output']} was not built (the lines above say why): mend it and rerun")
 

@@ -1,24 +1,32 @@
-"""The tasks of scripts/proof.py as documents, and how their answers are scored."""
+"""The tasks of scripts/proof.py as documents to train, validate and test on. No passage is in two of the three.
 
-from typing import Any
+A document is a prompt and an answer; the first reference is the answer that is learned, all of them score a prediction.
+"""
 
-from proof_grid import Training
+from functools import cache as cached
 
+import task_assets
+from task_assets import Example
+
+from storage_specs import completion_document
 from storage_specs.document import Document
 
-
-def training_documents(task: str, count: int) -> list[Document]:
-    raise NotImplementedError
-
-
-def validation_documents(task: str, count: int) -> list[Document]:
-    raise NotImplementedError
+TEST, VALIDATION = 0.3, 0.1  # shares of the passages
+LOADERS = task_assets.TASKS | {"dialogues": lambda: [*task_assets.mts_dialog(), *task_assets.aci_bench()]}
 
 
-def test_documents(task: str, count: int) -> list[Document]:
-    raise NotImplementedError
+@cached
+def examples(task: str) -> dict[str, list[Example]]:
+    """{"train", "validation", "test"} of a task, in an order that hides where they come from."""
+    found = sorted(LOADERS[task](), key=lambda example: example["id"])
+    train, held_back = task_assets.split(found, TEST + VALIDATION)
+    validation, test = task_assets.split(held_back, TEST)
+    return {"train": train, "validation": validation, "test": test}
 
 
-def answer_scores(task: str, model: Any, tokenizer: Any, training: Training) -> dict[str, float]:
-    """{metric: score} of the answers a model generates on a task's test split; the first is the one that counts."""
-    return {}
+def documents(task: str, part: str, count: int) -> list[Document]:
+    """The first `count` examples of a part as documents; answers begin with the space that the prompt lacks."""
+    return [
+        completion_document(example["prompt"], f" {example['references'][0]}")
+        for example in examples(task)[part][:count]
+    ]
