@@ -7,6 +7,7 @@ from threading import Lock
 import numpy as np
 from torch.utils.data import Dataset
 
+from distill.exclusions import Exclusions
 from distill.quarantine import Quarantine
 from distill.sampler import MicroBatch
 from storage_specs.columns import Columns
@@ -18,19 +19,28 @@ from storage_specs.reader import Cache, open_cache
 class CachedDocuments(Dataset[CachedDocument]):
     """The documents of a cache that may be trained on, or with `held_out` those that never are.
 
-    Documents without a single teacher row are left out of both. Items are decoded and verified when asked for; asked
-    for a `MicroBatch`, the dataset keeps the decoded shards that it names as open and no others, so that an epoch
-    decodes each once. `cache` is an open cache, or its folder or URL, of which ids are read only with `ids`;
-    `documents` takes only the first so many. documents_per_shard: (shards,) int64. quarantine: where broken shards go,
-    whose documents are then missing from micro-batches; None = they raise. Raises what `open_cache` raises.
+    Documents without a single teacher row are left out of both. Items are decoded and verified when asked for;
+    asked for a `MicroBatch`, the dataset keeps the decoded shards that it names as open and no others, so that an
+    epoch decodes each once. `cache` is an open cache, or its folder or URL, of which ids are read only with `ids`;
+    `documents` takes only the first so many, `excluded` leaves those of a list out. documents_per_shard: (shards,)
+    int64. quarantine: where broken shards go, whose documents are then missing from micro-batches; None = they
+    raise. Raises what `open_cache` raises.
     """
 
     def __init__(
-        self, cache: Cache | str | Path, held_out: bool = False, ids: bool = False, documents: int | None = None
+        self,
+        cache: Cache | str | Path,
+        held_out: bool = False,
+        ids: bool = False,
+        documents: int | None = None,
+        excluded: Exclusions | None = None,
     ) -> None:
         self.cache = cache if isinstance(cache, Cache) else open_cache(cache, ids=ids)
+        self.excluded = excluded
         # A byte for each document and a number for each shard: 10^10 rows are planned in a few megabytes.
         self._wanted = (self.cache.rows_D > 0) & (self.cache.held_out_D == held_out)
+        if excluded is not None:
+            self._wanted &= ~excluded.mask_D
         if documents is not None:
             self._wanted[np.flatnonzero(self._wanted)[documents:]] = False
         self._first = np.concatenate([[0], np.cumsum(self.cache.documents_per_shard, dtype=np.int64)])
@@ -45,6 +55,12 @@ class CachedDocuments(Dataset[CachedDocument]):
 
     def __len__(self) -> int:
         return int(self._offsets[-1])
+
+    @property
+    def identity(self) -> dict[str, str | None]:
+        """What of the data makes a run itself: `cache_id`, and `exclude_documents` (which ones) or None."""
+        excluded = None if self.excluded is None else self.excluded.identity
+        return {"cache_id": self.cache.manifest.cache_id, "exclude_documents": excluded}
 
     def __getitem__(self, index: int) -> CachedDocument:
         shard, number = self.place_of(index)

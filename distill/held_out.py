@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.config import METRIC, DistillationConfig
 from distill.dataset import CachedDocuments
+from distill.exclusions import Exclusions
 from distill.scoring import score, summed, teacher_scores
 from storage_specs.errors import AlignmentError
 from storage_specs.reader import Cache
@@ -19,9 +20,9 @@ from storage_specs.reader import Cache
 __all__ = ["held_out_documents", "held_out_figures"]
 
 
-def held_out_documents(cache: Cache) -> CachedDocuments:
-    """The documents of a cache that are never trained on. Raises AlignmentError where there are none."""
-    documents = CachedDocuments(cache, held_out=True)
+def held_out_documents(cache: Cache, excluded: Exclusions | None = None) -> CachedDocuments:
+    """The documents of a cache that are never trained on, less those of a list. Raises AlignmentError for none."""
+    documents = CachedDocuments(cache, held_out=True, excluded=excluded)
     if not len(documents):
         raise AlignmentError(
             f"cache {cache.path} has no held-out documents: cache more, or leave out --eval_strategy and --probe_steps"

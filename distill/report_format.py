@@ -91,21 +91,22 @@ def as_html(facts: dict[str, Any], title: str) -> str:
         *(f"<p>{escape(line)}</p>" for line in summary(facts)),
     ]
     for name, columns, rows in tables(facts):
-        parts.append(_table(name, columns, [[_with_bar(cell) for cell in row] for row in rows]))
+        parts.append(html_table(name, columns, [[_with_bar(cell) for cell in row] for row in rows]))
     documents = [
         [f"{row['one_to_one_bytes']:.1%}", escape(row["doc_id"][:12]), escape(row["text"])]
         for row in facts["worst_documents"]
     ]
-    parts.append(_table("Documents that align worst", ["one-to-one bytes", "document", "begins"], documents))
+    parts.append(html_table("Documents that align worst", ["one-to-one bytes", "document", "begins"], documents))
     strings = [
         [f"{row['uncompared_tokens']:,}", *("".join(_code(t) for t in row[side]) for side in ("teacher", "student"))]
         for row in facts["worst_strings"]
     ]
-    parts.append(_table("Strings that align worst", ["tokens not compared", "teacher", "student"], strings))
+    parts.append(html_table("Strings that align worst", ["tokens not compared", "teacher", "student"], strings))
     return "\n".join(parts) + "\n"
 
 
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> str:
+def html_table(title: str, columns: list[str], rows: list[list[str]]) -> str:
+    """A headed table; cells are HTML, the rest is escaped."""
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<h2>{escape(title)}</h2><table><tr>{head}</tr>{body}</table>"

@@ -7,6 +7,7 @@ Legend: R rows (scored tokens) of one document, W windows of one batch, L tokens
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -23,7 +24,16 @@ from distill.student_inputs import StudentInputs, StudentWindow
 from storage_specs.document import CachedDocument, Document
 from storage_specs.errors import AlignmentError, ConfigError
 
-__all__ = ["Scores", "SharedSums", "score", "shared_regions", "summed", "teacher_scores"]
+__all__ = [
+    "Scores",
+    "SharedSums",
+    "score",
+    "shared_boundaries",
+    "shared_regions",
+    "shared_sums",
+    "summed",
+    "teacher_scores",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +58,37 @@ class SharedSums:
 
 def summed(scores: Mapping[str, Sequence[Scores]]) -> SharedSums:
     """Sums over documents of what all models score; `scores`: per model, one per document."""
-    nats = dict.fromkeys(scores, 0.0)
-    documents = total = 0
+    each = shared_sums(scores)
+    return SharedSums(
+        nats={name: sum(one.nats[name] for one in each) for name in scores},
+        bytes=sum(one.bytes for one in each),
+        documents=sum(one.documents for one in each),
+    )
+
+
+def shared_sums(scores: Mapping[str, Sequence[Scores]]) -> list[SharedSums]:
+    """The same for every document; `documents` is 1, or 0 where there is no byte that all models score."""
+    each = []
     for of_document in zip(*scores.values(), strict=True):
         regions = shared_regions(of_document)
+        nats = {
+            name: sum((_nats_inside(of_model, *region) for region in regions), 0.0)
+            for name, of_model in zip(scores, of_document, strict=True)
+        }
         size = sum(end - start for _, start, end in regions)
-        documents, total = documents + (size > 0), total + size
-        for name, of_model in zip(scores, of_document, strict=True):
-            nats[name] += sum(_nats_inside(of_model, *region) for region in regions)
-    return SharedSums(nats=nats, bytes=total, documents=documents)
+        each.append(SharedSums(nats=nats, bytes=size, documents=int(size > 0)))
+    return each
 
 
 def shared_regions(of_document: Sequence[Scores]) -> list[tuple[int, int, int]]:
     """(segment, byte_start, byte_end) of what all models score in one document, cut at boundaries of all."""
-    regions = []
+    return [(segment, int(bytes_B[0]), int(bytes_B[-1])) for segment, bytes_B in shared_boundaries(of_document)]
+
+
+def shared_boundaries(of_document: Sequence[Scores]) -> list[tuple[int, np.ndarray]]:
+    """Of every segment with a shared region: (segment, (B,) int64 ascending, the places where all begin or end a token
+    from the latest start on)."""
+    found = []
     for segment in reduce(np.intersect1d, [scores.segment for scores in of_document]).tolist():
         starts, boundaries = [], []
         for scores in of_document:
@@ -71,8 +98,8 @@ def shared_regions(of_document: Sequence[Scores]) -> list[tuple[int, int, int]]:
         shared = reduce(np.intersect1d, boundaries)
         shared = shared[shared >= max(starts)]
         if len(shared) > 1:
-            regions.append((segment, int(shared[0]), int(shared[-1])))
-    return regions
+            found.append((segment, shared))
+    return found
 
 
 def _nats_inside(scores: Scores, segment: int, start: int, end: int) -> float:
@@ -108,8 +135,12 @@ def score(
     chat_template: str | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
     label: str = "score",
+    bar: tqdm | None = None,
 ) -> list[Scores]:
-    """What `model` says about every document. Raises ConfigError where max_length is more than the model reads."""
+    """What `model` says about every document; bar: moved on by tokens, instead of a bar of its own.
+
+    Raises ConfigError where max_length is more than the model reads.
+    """
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and max_length > limit:
         raise ConfigError(f"max_length is {max_length}, but {label} reads at most {limit} tokens")
@@ -124,7 +155,8 @@ def score(
     windows = [inputs.windows(document) for document in documents]
     flat = sorted((window for of_one in windows for window in of_one), key=lambda window: -len(window.ids))
     nats: dict[int, np.ndarray] = {}
-    with tqdm(total=sum(len(w.ids) for w in flat), unit="tok", unit_scale=True, desc=label, disable=None) as bar:
+    own = {"total": sum(len(window.ids) for window in flat), "unit": "tok", "unit_scale": True, "desc": label}
+    with tqdm(**own, disable=None) if bar is None else nullcontext(bar) as bar:
         for first in range(0, len(flat), batch_size):
             batch = flat[first : first + batch_size]
             for window, nats_R in zip(batch, _nats(model, inputs, batch), strict=True):

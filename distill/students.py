@@ -1,5 +1,7 @@
 """A student on this machine: its tokenizer, its weights whole or not at all, its adapters, its digest."""
 
+import hashlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,9 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from distill.config import DistillationConfig
+from storage_specs.document import canonical_json
 from storage_specs.errors import ConfigError
-from storage_specs.model_identity import model_digest
+from storage_specs.model_identity import file_digest, model_digest, weights_digest
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -120,3 +123,23 @@ def student_digest(name: str) -> str:
         return Path(transformers.utils.cached_file(name, "config.json")).parent.name
     except (OSError, ValueError) as error:
         raise ConfigError(f"the model {name} cannot be read: {error}") from error
+
+
+def evaluated_digest(name: str) -> str:
+    """The same for a model that is only asked: of adapters, a digest of them and of the model they belong to."""
+    if not is_adapter(name):
+        return student_digest(name)
+    folder = Path(name)
+    base = json.loads((folder / ADAPTER_CONFIG).read_bytes()).get("base_model_name_or_path")
+    parts = [file_digest(folder / ADAPTER_CONFIG), weights_digest(folder), student_digest(str(base))]
+    return hashlib.sha256(canonical_json(parts)).hexdigest()
+
+
+def parameter_count(name: str) -> int:
+    """How many parameters a model has, without its weights."""
+    config = load_config(
+        name if not is_adapter(name) else _peft().PeftConfig.from_pretrained(name).base_model_name_or_path
+    )
+    kind = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+    with torch.device("meta"):
+        return kind.from_config(config).num_parameters()

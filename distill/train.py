@@ -19,6 +19,7 @@ from distill.comparison import SAMPLE_DOCUMENTS, compare
 from distill.config import DistillationConfig
 from distill.dataset import CachedDocuments
 from distill.encoder_decoder import decoder_start_of
+from distill.exclusions import Exclusions, read_exclusions
 from distill.students import load_config, load_model, load_tokenizer, student_digest, with_adapters
 from distill.trainer import CachedDistillationTrainer
 from storage_specs.command_line import Parser
@@ -42,8 +43,9 @@ NOT_THE_RUN = re.compile(
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
     """One training run. `expected` names what the cache must be: any of cache_id, teacher_name,
-    teacher_tokenizer_digest and corpus_digest. corpus, cache_dir, cache_bytes: see `open_cache`. dtype: of the weights
-    in memory (`bf16=True` of the config is mixed precision instead).
+    teacher_tokenizer_digest and corpus_digest. corpus, cache_dir, cache_bytes: see `open_cache`. exclude_documents:
+    a list of documents that are neither trained on nor held out (`distill.exclusions`). dtype: of the weights in memory
+    (`bf16=True` of the config is mixed precision instead).
     """
 
     model_name_or_path: str
@@ -52,6 +54,7 @@ class TrainingRun:
     corpus: str | Path | None = None
     cache_dir: str | Path | None = None
     cache_bytes: int | None = None
+    exclude_documents: str | Path | None = None
     dtype: str = "float32"
     expected: dict[str, str] | None = None
 
@@ -74,10 +77,17 @@ def train(run: TrainingRun) -> dict[str, Any]:
         cache_dir=run.cache_dir,
         cache_bytes=run.cache_bytes,
     )
-    documents = CachedDocuments(cache)
-    check_cache(documents.cache.manifest, run.expected or {}, run.cache)
-    identity = _identity(run, documents.cache.manifest)
+    check_cache(cache.manifest, run.expected or {}, run.cache)
+    listed = run.exclude_documents
+    excluded = None if listed is None else Exclusions(cache, read_exclusions(listed), listed)
+    documents = CachedDocuments(cache, excluded=excluded)
+    if not len(documents):
+        left = "no documents to train on" if excluded is None else f"no document left to train on ({excluded})"
+        raise ConfigError(f"cache {run.cache} has {left}: cache more, or exclude fewer")
+    identity = _identity(run, documents)
     replaced = documents.cache.manifest.replaces if config.accept_repaired else ()
+    if excluded is not None:
+        say(config, str(excluded))
     if not begin(output_dir, identity, replaced):
         say(config, f"{output_dir} holds the finished model of this very run: nothing to do")
         return {"run": identity, "finished": True}
@@ -179,11 +189,11 @@ def say(config: DistillationConfig, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _identity(run: TrainingRun, manifest: Manifest) -> dict[str, Any]:
+def _identity(run: TrainingRun, documents: CachedDocuments) -> dict[str, Any]:
     config = json.loads(json.dumps(run.config.to_dict(), default=str))  # as a record gives it back
     documents_per_step = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
     return {
-        "cache_id": manifest.cache_id,
+        **documents.identity,
         "student": str(run.model_name_or_path),
         "student_digest": student_digest(run.model_name_or_path),
         "dtype": run.dtype,

@@ -51,7 +51,8 @@ class CachedDistillationTrainer(Trainer):
     and ranks of a step before the first backward; with `loss_normalization="samples"` all are means of documents'
     means. Each term is logged apart, with the compared fractions; `probe_steps` adds gradients (`distill.probe`).
     `evaluate` measures bits per byte of the held-out documents (`eval_dataset`, by default the cache's). `run` says
-    what makes this run itself (cache_id is added to it): checkpoints record it, and one of another run is refused.
+    what makes this run itself (cache_id and excluded documents are added): checkpoints record it, and one of another
+    run is refused.
 
     Takes what `transformers.Trainer` takes, without the arguments that say where data and losses come from. Raises
     TokenizerError, ConfigError, AlignmentError (nothing to compare), CheckpointError, NonFiniteLossError (naming the
@@ -78,7 +79,7 @@ class CachedDistillationTrainer(Trainer):
             processing_class, args, train_dataset.cache, decoder_start_of(model.config)
         )
         if eval_dataset is None and (args.eval_strategy != "no" or args.probe_steps):
-            eval_dataset = held_out_documents(train_dataset.cache)
+            eval_dataset = held_out_documents(train_dataset.cache, train_dataset.excluded)
         with _setting_up():
             super().__init__(
                 model=model,
@@ -94,7 +95,7 @@ class CachedDistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.comparison = comparison
-        self.run = (run or {}) | {"cache_id": train_dataset.cache.manifest.cache_id}
+        self.run = (run or {}) | train_dataset.identity
         self.batches = self._epoch_batches()
         if args.on_corrupt == "quarantine":
             train_dataset.quarantine = Quarantine(Path(args.output_dir))

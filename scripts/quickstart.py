@@ -127,12 +127,13 @@ def main() -> None:
         out / "arms" / "uld", out / "model", dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint-*")
     )
     evaluation = out / "evaluation.json"
-    models = [f"before={before}", *(f"{arm}={out / 'arms' / arm}" for arm in ARMS)]
-    named = [word for model in models for word in ("--model", model)]
+    named = [f"before={before}", *(f"{arm}={out / 'arms' / arm}" for arm in ARMS)]
+    named = [word for model in named for word in ("--model", model)]
     stages.run("evaluate", "-m", "distill", "evaluate", "--cache", cache, *named, "--output_file", str(evaluation))
 
     print(f"\n{stages.table()}\n\ncache: {cache}\nmodel: {out / 'model'}\nevaluation: {evaluation}")
-    scores = {name: row["bits_per_byte"] for name, row in json.loads(evaluation.read_text(encoding="utf8")).items()}
+    models = json.loads(evaluation.read_text(encoding="utf8"))["models"]
+    scores = {name: model["metrics"]["bits_per_byte"]["value"] for name, model in models.items()}
     if worse := [arm for arm in ARMS if scores[arm] >= scores["before"]]:
         sys.exit(f"error: {', '.join(worse)} did not get below `before` ({scores['before']:.3f} bits per byte)")
 

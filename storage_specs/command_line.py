@@ -8,10 +8,11 @@ Exit codes: 0 done, 2 bad input, 130 interrupted (the state on disk can be resum
 
 import argparse
 import difflib
+import importlib
 import json
 import sys
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -163,6 +164,23 @@ def _pairs(parser: Parser, rest: list[str]) -> dict[str, Any]:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else True
         pairs[name] = value
     return pairs
+
+
+def dispatch(program: str, package: str, summary: Mapping[str, str], arguments: Sequence[str]) -> int:
+    """Run `run(rest)` of the command's module in `package`; returns the exit code. summary: {command: one line}.
+
+    Nothing of a command is imported before it runs. Raises ConfigError (no such command), and what the command raises.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, summary))
+        print(f"usage: {program} COMMAND ...\n")
+        print("\n".join(f"  {name:{width}}  {line}" for name, line in summary.items()))
+        print(f"\n{program} COMMAND --help lists the command's flags (dashes and underscores are the same)")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in summary:
+        raise ConfigError(f"{program}: unknown command {command!r}{nearest(command, summary)}")
+    return importlib.import_module(f"{package}.{command.replace('-', '_')}").run(rest)
 
 
 def run(main: Callable[[Sequence[str]], int | None], arguments: Sequence[str] | None = None) -> NoReturn:

@@ -103,3 +103,7 @@ class CheckpointError(TeachOnceError, ValueError):
 
 class NonFiniteLossError(TeachOnceError, FloatingPointError):
     """A training loss became NaN or infinite."""
+
+
+class EvaluationError(TeachOnceError, ValueError):
+    """A task, prediction or report that cannot be evaluated or compared: malformed, or of something else."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from training import bits_per_byte_in
 
 from distill.checkpoint import RECORD, begin, check_checkpoint, last_whole_checkpoint, saving, write_record
 from distill.main import main
@@ -85,8 +86,8 @@ def test_train_evaluate_and_train_again(cache_path, student_path, tmp_path, caps
     assert (out / "model.safetensors").read_bytes() == before
     models = ["--model", f"before={student_path}", "--model", f"after={out}", "--max_length", "64"]
     assert main(["evaluate", "--cache", str(cache_path), *models, "--output_file", str(tmp_path / "e.json")]) == 0
-    figures = json.loads((tmp_path / "e.json").read_text())
-    assert figures["after"]["bits_per_byte"] < figures["before"]["bits_per_byte"]
+    figures = bits_per_byte_in(tmp_path / "e.json")
+    assert figures["after"] < figures["before"]
     assert "bits/byte" in capsys.readouterr().out
 
 
@@ -243,7 +244,7 @@ def test_a_students_chat_template_is_saved_and_used(chat_cache_path, student_pat
     ids=str,
 )
 def test_what_evaluate_refuses_before_it_scores(cache_path, student_path, tmp_path, monkeypatch, more):
-    monkeypatch.setattr("distill.evaluate.evaluate", lambda *_, **__: pytest.fail("it scored"))
+    monkeypatch.setattr("distill.evaluation.evaluate.evaluate", lambda *_, **__: pytest.fail("it scored"))
     (tmp_path / "file").touch()
     more = [word.replace("FILE", str(tmp_path / "file")) for word in more]
     with pytest.raises(ConfigError, match=more[0][2:]):

@@ -1,7 +1,7 @@
 """Held-out bits per byte: against brute force, and the same bytes for every tokenizer."""
 
-import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +9,12 @@ import torch
 from cache_making import tiny_student
 from transformers import AutoModelForCausalLM
 
-from distill.evaluate import evaluate, figures, table, write_figures
-from distill.scoring import Scores, score, shared_regions, teacher_scores
+from distill.evaluation.answering import Answering
+from distill.evaluation.bits_per_byte import bits_per_byte
+from distill.evaluation.evaluate import Evaluation, evaluate
+from distill.evaluation.report import read_report
+from distill.evaluation.report_format import as_text
+from distill.scoring import Scores, score, shared_regions, summed, teacher_scores
 from storage_specs import chat_document, completion_document, is_held_out, open_cache, render, text_document
 from storage_specs.errors import AlignmentError, ConfigError
 
@@ -66,18 +70,15 @@ def test_figures_are_brute_force(small, student_path, smollm2_tokenizer, gemma_t
         ),
     }
     scores = {name: score(model, tokenizer, small, max_length=256) for name, (model, tokenizer) in students.items()}
-    scores["teacher"] = [
-        Scores(
-            segment=one.segment[2:],  # a teacher that starts late
-            byte_start=one.byte_start[2:],
-            byte_end=one.byte_end[2:],
-            is_end=one.is_end[2:],
-            nats=np.arange(len(one.nats), dtype=np.float64)[2:],
-        )
+    late = [  # a teacher that starts late
+        {name: getattr(one, name)[2:] for name in ("segment", "byte_start", "byte_end", "is_end")}
+        | {"gold_logprob": -np.arange(len(one.nats), dtype=np.float64)[2:]}
         for one in scores["gemma"]
     ]
-    found = figures(scores, "id")
-    nats, size = dict.fromkeys(scores, 0.0), 0
+    held_out = [SimpleNamespace(**columns) for columns in late]
+    found, counts = bits_per_byte(held_out, scores)
+    scores["teacher"] = [teacher_scores(document) for document in held_out]
+    nats, size, each = dict.fromkeys(scores, 0.0), 0, []
     for number, document in enumerate(small):
         tokens = {name: list(brute_force_nats(*students[name], document).values()) for name in students}
         late = scores["teacher"][number]
@@ -86,14 +87,17 @@ def test_figures_are_brute_force(small, student_path, smollm2_tokenizer, gemma_t
         places = [{place for start, end, _ in rows for place in (start, end)} for rows in tokens.values()]
         latest = max(rows[0][0] for rows in tokens.values())
         shared = sorted(place for place in set.intersection(*places) if place >= latest)
-        size += shared[-1] - shared[0]
+        each.append(shared[-1] - shared[0])
         for name, rows in tokens.items():
             nats[name] += sum(n for start, end, n in rows if start >= shared[0] and end <= shared[-1])
+    size = sum(each)
     assert size > 100
-    for name, row in found.items():
-        assert row["bytes"] == size
-        assert row["documents"] == 2
-        assert row["bits_per_byte"] == pytest.approx(nats[name] / math.log(2) / size, rel=1e-4)
+    assert counts == {"documents": 2, "bytes": size}
+    assert list(found) == ["smol", "gemma", "teacher"]
+    for name, metric in found.items():
+        assert metric.value == pytest.approx(nats[name] / math.log(2) / size, rel=1e-4)
+        assert metric.weights == tuple(each)
+        assert (metric.unit, metric.higher_is_better) == ("bits/byte", False)
 
 
 def scores_of(rows, nats=None):
@@ -114,41 +118,51 @@ def test_regions_and_what_belongs_to_them():
     )
     b = scores_of([(1, 7, 8, False), (1, 8, 9, False), (1, 9, 11, False), (3, 20, 25, False)], [1, 1, 1, 1])
     assert shared_regions([a, b]) == [(1, 7, 9)]
-    rows = figures({"a": [a], "b": [b]}, "id")
-    assert rows["a"] == {"bits_per_byte": 2 / math.log(2) / 2, "documents": 1, "bytes": 2, "cache_id": "id"}
-    assert rows["b"]["bits_per_byte"] == 2 / math.log(2) / 2
+    sums = summed({"a": [a], "b": [b]})
+    assert (sums.nats, sums.bytes, sums.documents) == ({"a": 2, "b": 2}, 2, 1)
     # An invented token in front of the first token is paid for; one behind the place where a region starts is not.
-    assert figures({"a": [a], "c": [a]}, "id")["a"]["bits_per_byte"] == pytest.approx(15 / math.log(2) / 7)
+    sums = summed({"a": [a], "c": [a]})
+    assert (sums.nats["a"], sums.bytes) == (15, 7)
+    apart = scores_of([(3, 20, 25, False)])
+    assert summed({"a": [a], "b": [apart]}).documents == 0
+    teacher = SimpleNamespace(**vars(apart) | {"gold_logprob": -apart.nats})
     with pytest.raises(AlignmentError, match="not one byte"):
-        figures({"a": [a], "b": [scores_of([(3, 20, 25, False)])]}, "id")
+        bits_per_byte([teacher], {"a": [a]})
 
 
 def test_evaluate_a_cache(cache_path, student_path, tmp_path):
     cache = open_cache(cache_path)
     held_out = [document for document in cache if is_held_out(document.doc_id) and len(document.segment)]
     assert held_out
-    found = evaluate(cache_path, {"before": str(student_path), "after": str(student_path)}, max_length=128)
-    assert list(found) == ["before", "after", "teacher"]
-    assert found["before"] == found["after"]
-    assert found["teacher"]["cache_id"] == cache.manifest.cache_id
-    assert found["teacher"]["documents"] == len(held_out)
+    models = {"before": str(student_path), "after": str(student_path)}
+    report = evaluate(
+        Evaluation(models=models, cache=cache, how=Answering(max_length=128)), tmp_path / "deep" / "e.json"
+    )
+    assert read_report(tmp_path / "deep" / "e.json") == report
+    assert list(report.models) == ["before", "after", "teacher"]
+    assert report.models["before"] == report.models["after"]
+    assert report.models["before"].parameters == AutoModelForCausalLM.from_pretrained(student_path).num_parameters()
+    facts = report.subjects["cache"]
+    assert (facts["cache_id"], facts["documents"]) == (cache.manifest.cache_id, len(held_out))
+    assert 0 < facts["bytes"] <= sum(len(document.text.encode()) for document in held_out)
     # An untrained model of 49,152 words: nearly uniform over them.
-    assert found["before"]["bits_per_byte"] > found["teacher"]["bits_per_byte"] > 0
-    covered = sum(len(teacher_scores(document).nats) for document in held_out)
-    assert 0 < found["teacher"]["bytes"] <= sum(len(document.text.encode()) for document in held_out)
-    assert covered > 0
-    write_figures(tmp_path / "deep" / "evaluation.json", found)
-    assert json.loads((tmp_path / "deep" / "evaluation.json").read_text()) == found
-    assert table(found).count("\n") == 4
+    before, teacher = (report.models[name].metrics["bits_per_byte"].value for name in ("before", "teacher"))
+    assert before > teacher > 0
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["e.json"]
+    assert as_text(report).count("\n") == 4
 
 
 def test_what_cannot_be_evaluated(cache_path, student_path, tmp_path):
-    with pytest.raises(ConfigError, match="at most 256"):
-        evaluate(cache_path, {"x": str(student_path)}, max_length=1024)
-    with pytest.raises(ConfigError, match="cannot be loaded"):
-        evaluate(cache_path, {"x": str(tmp_path / "nothing")})
-    with pytest.raises(AlignmentError, match="held-out"):
-        evaluate(cache_path, {"x": str(student_path)}, max_documents=0)
+    def refused(error, match, **more):
+        with pytest.raises(error, match=match):
+            evaluate(Evaluation(**{"models": {"x": str(student_path)}, "cache": open_cache(cache_path)} | more))
+
+    refused(ConfigError, "at most 256", how=Answering(max_length=1024))
+    refused(ConfigError, "cannot be", models={"x": str(tmp_path / "nothing")})
+    refused(AlignmentError, "held-out", max_documents=0)
+    refused(ConfigError, "nothing to evaluate on", cache=None)
+    refused(ConfigError, "teacher", models={"teacher": str(student_path)})
+    refused(ConfigError, "named so", models={"a/b": str(student_path)})
 
 
 def test_a_chat_template_given_is_every_models(wiki_texts, student_path, smollm2_tokenizer):

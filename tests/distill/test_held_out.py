@@ -3,7 +3,9 @@
 import pytest
 from training import config, load_tokenizer, trainer, weights
 
-from distill.evaluate import evaluate
+from distill.evaluation.answering import Answering
+from distill.evaluation.evaluate import Evaluation, evaluate
+from storage_specs import open_cache
 from storage_specs.errors import AlignmentError, ConfigError
 
 OPTIONS = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2}
@@ -22,10 +24,13 @@ def test_it_is_the_figure_of_evaluate(cache_path, student_path, tmp_path, capsys
     assert one.model.training
     one.save_model(str(tmp_path / "student"))
     load_tokenizer(student_path).save_pretrained(tmp_path / "student")
-    rows = evaluate(cache_path, {"student": str(tmp_path / "student")}, max_length=one.args.max_length)
-    assert lines[1]["eval_bits_per_byte"] == pytest.approx(rows["student"]["bits_per_byte"], rel=1e-5)
-    assert lines[1]["eval_teacher_bits_per_byte"] == pytest.approx(rows["teacher"]["bits_per_byte"], rel=1e-6)
-    assert lines[1]["eval_documents"] == rows["student"]["documents"]
+    how = Answering(max_length=one.args.max_length)
+    models = {"student": str(tmp_path / "student")}
+    report = evaluate(Evaluation(models=models, cache=open_cache(cache_path), how=how))
+    bits = {name: model.metrics["bits_per_byte"].value for name, model in report.models.items()}
+    assert lines[1]["eval_bits_per_byte"] == pytest.approx(bits["student"], rel=1e-5)
+    assert lines[1]["eval_teacher_bits_per_byte"] == pytest.approx(bits["teacher"], rel=1e-6)
+    assert lines[1]["eval_documents"] == report.subjects["cache"]["documents"]
     assert "eval_bits_per_byte" in capsys.readouterr().err
 
 

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill import CachedDistillationTrainer, CachedDocuments, DistillationConfig
+from distill.evaluation.report import read_report
 
 load_tokenizer = cache(AutoTokenizer.from_pretrained)
 
@@ -36,3 +37,8 @@ def trainer(cache_path: Path, student_path: Path, output_dir: Path, **options: A
 
 def weights(one: CachedDistillationTrainer) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in one.model.state_dict().items()}
+
+
+def bits_per_byte_in(report: Path) -> dict[str, float]:
+    """{model: held-out bits per byte} of a report of `distill evaluate`."""
+    return {name: model.metrics["bits_per_byte"].value for name, model in read_report(report).models.items()}

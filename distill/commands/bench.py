@@ -3,11 +3,11 @@
 distill bench reader my-cache [--json]
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from distill.commands.flags import count
 from storage_specs.command_line import Parser, parse
 
 WHATS = ("reader",)
@@ -23,13 +23,13 @@ def bench_parser() -> Parser:
     add("what", choices=WHATS, metavar="WHAT", help="reader")
     add("cache", metavar="CACHE", help="a finished cache: folder or URL (s3://, gs://, az://, hf://)")
     add("--no_ids", action="store_true", help="leave the ids' objects unread")
-    add("--repeats", type=_count, default=5, metavar="N", help="readings of every rate (default: 5)")
-    add("--documents", type=_count, default=50, metavar="N", help="documents read one by one (default: 50)")
+    add("--repeats", type=count, default=5, metavar="N", help="readings of every rate (default: 5)")
+    add("--documents", type=count, default=50, metavar="N", help="documents read one by one (default: 50)")
     add("--json", action="store_true", help="print one JSON object")
     return parser
 
 
-def bench(arguments: Sequence[str]) -> int:
+def run(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code. Raises ConfigError, and what reading a cache raises."""
     namespace, _ = parse(bench_parser(), arguments)
     from distill.reader_benchmark import as_text, bench_reader
@@ -39,10 +39,3 @@ def bench(arguments: Sequence[str]) -> int:
     )
     print(json.dumps(asdict(figures), indent=2) if namespace.json else as_text(figures))
     return 0
-
-
-def _count(text: str) -> int:
-    """A whole number of at least 1."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return value

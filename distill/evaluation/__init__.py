@@ -1,0 +1,1 @@
+"""Whether distillation paid: tasks, metrics, reports, and the comparison of two of them."""

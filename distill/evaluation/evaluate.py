@@ -1,0 +1,182 @@
+"""`distill evaluate`: models beside each other on a cache's held-out text, on a task, or on both; it can be resumed."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from distill.dataset import CachedDocuments
+from distill.evaluation.answering import Answer, Answering, answers
+from distill.evaluation.bits_per_byte import TEACHER, bits_per_byte, held_out_of
+from distill.evaluation.metrics import chosen_metrics, task_metrics
+from distill.evaluation.partial import AnswerFile, kept_scores
+from distill.evaluation.report import Metric, ModelReport, Report, write_report
+from distill.evaluation.tasks import Task
+from distill.scoring import Scores, score
+from distill.students import evaluated_digest, load_model, load_tokenizer, parameter_count
+from storage_specs.document import CachedDocument
+from storage_specs.errors import ConfigError
+from storage_specs.reader import Cache
+
+__all__ = ["Evaluation", "evaluate"]
+
+BITS_PER_BYTE = "bits_per_byte"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What to measure of which models: {name: hub name or folder}; of a cache, a task, or both.
+
+    max_documents: held-out documents, max_examples: of the task, the first so many; metrics: names, () = what suits the
+    task; dtype: of the weights; how: lengths, batches and templates of both.
+    """
+
+    models: Mapping[str, str]
+    cache: Cache | None = None
+    task: Task | None = None
+    metrics: tuple[str, ...] = ()
+    max_documents: int | None = None
+    max_examples: int | None = None
+    dtype: str = "float32"
+    how: Answering = field(default_factory=Answering)
+
+    def __post_init__(self) -> None:
+        if self.cache is None and self.task is None:
+            raise ConfigError("nothing to evaluate on: give --cache, --task, or both")
+        if self.cache is not None and TEACHER in self.models:
+            raise ConfigError(f"a model is named {TEACHER!r}, as the cache's own teacher: choose another name")
+        for name, least in (("max_length", 1), ("batch_size", 1), ("max_new_tokens", 1)):
+            if getattr(self.how, name) < least:
+                raise ConfigError(f"{name} is {getattr(self.how, name)}: must be at least {least}")
+        for name in self.models:
+            if not name or name.startswith(".") or "/" in name:
+                raise ConfigError(f"a model cannot be named {name!r}: its files are named so")
+
+
+def evaluate(evaluation: Evaluation, output_file: Path | None = None) -> Report:
+    """Measure; with `output_file` the report is written there, and what is finished is kept beside it on the way.
+
+    FILE.partial holds what an interrupted call leaves and the same call takes up; FILE.predictions the answers in the
+    end. Raises AlignmentError (nothing is scored by all), ConfigError, EvaluationError, StorageFullError.
+    """
+    task = evaluation.task and evaluation.task.first(evaluation.max_examples)
+    metric_names = chosen_metrics(task, evaluation.metrics) if task else []
+    held_out: list[CachedDocument] = []
+    if evaluation.cache is not None:
+        held_out = held_out_of(CachedDocuments(evaluation.cache, held_out=True), evaluation.max_documents)
+    partial = None if output_file is None else output_file.with_suffix(".partial")
+    models: dict[str, ModelReport] = {}
+    scores: dict[str, list[Scores]] = {}
+    for name, path in evaluation.models.items():
+        student = _Student(path, evaluation.dtype)
+        metrics: dict[str, Metric] = {}
+        notes: tuple[str, ...] = ()
+        if evaluation.cache is not None:
+            scores[name] = _scores(student, name, held_out, evaluation, partial)
+        if task is not None:
+            found = _answers(student, name, task, evaluation.how, partial)
+            metrics = task_metrics(task, {one.id: one.text for one in found}, metric_names)
+            notes = _notes(found)
+        models[name] = ModelReport(
+            model=path, digest=student.digest, parameters=student.parameters, metrics=metrics, notes=notes
+        )
+    report = Report(subjects=_subjects(evaluation, task), models=models)
+    if evaluation.cache is not None:
+        report = _with_bits_per_byte(report, evaluation.cache, held_out, scores)
+    if output_file is not None and partial is not None:
+        write_report(output_file, report)
+        _keep_answers(partial, output_file.with_suffix(".predictions"))
+    return report
+
+
+class _Student:
+    """A model that is loaded only if something is left to ask it."""
+
+    def __init__(self, path: str, dtype: str) -> None:
+        self.path, self.dtype = path, dtype
+        self.digest = evaluated_digest(path)
+        self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+
+    def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        if self._loaded is None:
+            tokenizer, model = load_tokenizer(self.path), load_model(self.path, self.dtype)
+            self._loaded = model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+        return self._loaded
+
+    @property
+    def parameters(self) -> int:
+        return parameter_count(self.path) if self._loaded is None else self._loaded[0].num_parameters()
+
+
+def _scores(
+    student: _Student, name: str, held_out: Sequence[CachedDocument], evaluation: Evaluation, partial: Path | None
+) -> list[Scores]:
+    how, cache = evaluation.how, evaluation.cache
+    rendering = {key: getattr(how, key) for key in ("max_length", "chat_template", "chat_template_kwargs")}
+    whose = {"digest": student.digest, "dtype": student.dtype, **rendering, "documents": len(held_out)}
+    return kept_scores(
+        partial and partial / f"{name}.npz",
+        whose | {"cache_id": cache and cache.manifest.cache_id},
+        lambda: score(*student.loaded(), held_out, **rendering, batch_size=how.batch_size, label=name),
+    )
+
+
+def _answers(student: _Student, name: str, task: Task, how: Answering, partial: Path | None) -> list[Answer]:
+    """One per example; only those that are not there yet are asked for."""
+    whose = {"digest": student.digest, "dtype": student.dtype, "task": task.digest} | _settings(how)
+    file = AnswerFile(partial and partial / f"{name}.jsonl", whose)
+    rest = [example for example in task.examples if example.id not in file.answers]
+    if rest:
+        for batch in answers(*student.loaded(), rest, how, name):
+            file.add(batch)
+    found = [file.answers[example.id] for example in task.examples]
+    return found
+
+
+def _notes(found: Sequence[Answer]) -> tuple[str, ...]:
+    """What makes answers say less than they seem to."""
+    empty, cut = sum(not one.text for one in found), sum(one.prompt_cut > 0 for one in found)
+    notes = []
+    if empty:
+        notes.append(f"{empty} of {len(found)} answers are empty and score 0")
+    if cut:
+        notes.append(f"{cut} of {len(found)} prompts were longer than the model reads: their beginning was left out")
+    return tuple(notes)
+
+
+def _settings(how: Answering) -> dict[str, Any]:
+    return asdict(how) | {"stop": list(how.stop)}
+
+
+def _subjects(evaluation: Evaluation, task: Task | None) -> dict[str, dict[str, Any]]:
+    if task is None:
+        return {}
+    settings = {name: value for name, value in _settings(evaluation.how).items() if name != "batch_size"}
+    return {"task": {"name": task.name, "digest": task.digest, "examples": len(task.examples), **settings}}
+
+
+def _with_bits_per_byte(
+    report: Report, cache: Cache, held_out: Sequence[CachedDocument], scores: Mapping[str, Sequence[Scores]]
+) -> Report:
+    """The report with the cache in front of its subjects, the metric of every model, and the cache's teacher."""
+    found, counts = bits_per_byte(held_out, scores)
+    models = {
+        name: replace(model, metrics={BITS_PER_BYTE: found[name], **model.metrics})
+        for name, model in report.models.items()
+    }
+    models[TEACHER] = ModelReport(model=None, digest=None, parameters=None, metrics={BITS_PER_BYTE: found[TEACHER]})
+    return Report(subjects={"cache": {"cache_id": cache.manifest.cache_id, **counts}, **report.subjects}, models=models)
+
+
+def _keep_answers(partial: Path, final: Path) -> None:
+    """The answers in their last place; nothing unfinished is left."""
+    files = sorted(partial.glob("*.jsonl"))
+    if files:
+        final.mkdir(exist_ok=True)
+    for file in files:
+        file.replace(final / file.name)
+    shutil.rmtree(partial)
