@@ -82,10 +82,10 @@ def block_table(block: Block, scale: str, rows: Sequence[Row]) -> str | None:
         cells.append("" if math.isnan(gain) else f"**{shown}**" if counts(gain, figure, ce) else shown)
         cells.append("" if math.isnan(gain) else f"{gain / (ce.bits - teacher):+.0%}")
         if metric:
-            cells.append(f"{statistics.mean(figure.column('score')):.3f}")
+            cells.append(f"{statistics.mean(figure.column('score')):.1f}")
         lines.append("| " + " | ".join(cells) + " |")
-    scores = f", {metric.replace('_', ' ')} {float(first['teacher_score']):.3f}" if metric else ""
-    scores_untrained = f", {float(first['untrained_score']):.3f}" if metric else ""
+    scores = f", {metric.replace('_', ' ')} {float(first['teacher_score']):.1f}" if metric else ""
+    scores_untrained = f", {float(first['untrained_score']):.1f}" if metric else ""
     lines += ["", f"Teacher {teacher:.4f}{scores}; untrained student {untrained:.4f}{scores_untrained}."]
     lines += [verdict(figures, ce)] if ce is not None and len(figures) > 1 else []
     return "\n".join(lines)

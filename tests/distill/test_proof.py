@@ -1,5 +1,7 @@
 """scripts/proof.py: its grid, cells that are killed or there already, the shuffled control, and the README's tables."""
 
+import hashlib
+import json
 import signal
 import subprocess
 import sys
@@ -8,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import proof
 import proof_table
+import proof_tasks
 import pytest
-from cache_making import write_cache
-from proof_cell import Laboratory, measure
+import torch
+from cache_making import tiny_student, write_cache
+from proof_cell import Laboratory, measure, train_once
 from proof_documents import View, shuffled_rows
 from proof_grid import ARMS, BLOCKS, KEY, RATES, Block, Cell, best_rate, cells_of
 from proof_rows import append_row, read_rows
 from proof_stages import Stages
+from transformers import AutoModelForCausalLM
 
 from storage_specs import open_cache, text_document
 
@@ -27,6 +32,11 @@ def wikipedia_cell(arm: str, **other: object) -> Cell:
         **{"scale": "tiny", "task": "wikipedia", "student": "smollm2", "learning_rate": 1e-3, "seed": 0} | other,
         arm=arm,
     )
+
+
+def digest(model: torch.nn.Module) -> str:
+    weights = b"".join(value.float().numpy().tobytes() for _, value in sorted(model.state_dict().items()))
+    return hashlib.sha256(weights).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -44,30 +54,60 @@ def laboratory(work, student_path) -> Laboratory:
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_every_arm_trains_and_is_measured(laboratory, arm):
-    row = measure(laboratory, wikipedia_cell(arm))
-    assert row["steps"] == 3
-    assert row["tokens"] > 100
-    assert row["bits_per_byte"] > 0
-    assert row["bits_per_byte"] != row["untrained_bits_per_byte"]
-    assert row["validation_bits_per_byte"] != row["bits_per_byte"]
+def test_every_arm_trains(laboratory, arm):
+    model, trained = train_once(laboratory, wikipedia_cell(arm))
+    assert trained["tokens"] > 100
+    assert trained["train_ce"] > 0
+    assert digest(model) != digest(laboratory.weights("smollm2"))
 
 
-def test_an_arm_takes_what_it_says_and_nothing_else(laboratory):
-    """The same cell twice gives the same student; fewer ids, other rows, fewer documents another."""
-    bits = {
-        name: measure(laboratory, cell)["bits_per_byte"]
-        for name, cell in {
-            "mapped": wikipedia_cell("mapped"),
-            "again": wikipedia_cell("mapped"),
-            "shuffled": wikipedia_cell("mapped shuffled"),
-            "k_ids": wikipedia_cell("mapped", k_ids=4),
-            "fraction": wikipedia_cell("mapped", fraction=0.5),
-            "seed": wikipedia_cell("mapped", seed=1),
-        }.items()
+def test_a_cell_is_measured_on_documents_that_chose_nothing(laboratory):
+    row = measure(laboratory, wikipedia_cell("ce"))
+    assert (row["steps"], row["metric"]) == (3, "")
+    assert row["bits_per_byte"] not in (0, row["untrained_bits_per_byte"], row["validation_bits_per_byte"])
+    validation, test = laboratory.measured_on("wikipedia")
+    assert row["test_documents"] == len(test) == len(validation)
+    assert not {one.doc_id for one in validation} & {one.doc_id for one in test}
+
+
+def test_a_task_has_a_taught_teacher_that_also_writes_answers(student_path, smollm2_tokenizer, tmp_path):
+    """From the task's file on: fine-tuned teacher, cache, student, test answers; nothing of a passage in two parts."""
+    teacher = tiny_student(tmp_path / "teacher", smollm2_tokenizer, seed=1)
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    laboratory = Laboratory(Stages(work=tmp_path, scale="tiny", teacher=str(teacher), student=str(student_path)))
+    rows = {}
+    for answers in ("given", "teacher"):
+        rows[answers] = measure(laboratory, wikipedia_cell("mapped", task="disfl_qa", answers=answers))
+    given, written = rows["given"], rows["teacher"]
+    assert given["metric"] == "f1"
+    assert given["other_scores"].startswith("exact_match=")
+    assert 0 <= given["score"] <= 100
+    assert given["teacher_bits_per_byte"] == written["teacher_bits_per_byte"] != given["untrained_bits_per_byte"]
+    assert given["cache_id"] != written["cache_id"]
+    assert given["bits_per_byte"] != written["bits_per_byte"]
+    manifest = laboratory.cache("disfl_qa", "teacher").manifest
+    assert manifest.generation["temperature"] == 0
+    base = AutoModelForCausalLM.from_pretrained(teacher).state_dict()
+    taught = AutoModelForCausalLM.from_pretrained(laboratory.stages.teacher_path("disfl_qa")).state_dict()
+    assert any(not torch.equal(base[name], taught[name].float()) for name in base)
+    prompts = [{one.prompt for one in part.examples} for part in proof_tasks.parts("disfl_qa").values()]
+    assert not set.intersection(*prompts)
+
+
+def test_a_cell_learns_from_what_it_says_and_from_nothing_else(laboratory):
+    """The same cell twice gives the same student; other rows, fewer ids, fewer documents, another order another one."""
+    cells = {
+        "mapped": wikipedia_cell("mapped"),
+        "again": wikipedia_cell("mapped"),
+        "shuffled": wikipedia_cell("mapped shuffled"),
+        "k_ids": wikipedia_cell("mapped", k_ids=4),
+        "fraction": wikipedia_cell("mapped", fraction=0.5),
+        "seed": wikipedia_cell("mapped", seed=1),
     }
-    assert bits["again"] == bits["mapped"]
-    assert len(set(bits.values())) == len(bits) - 1
+    students = {name: digest(train_once(laboratory, cell)[0]) for name, cell in cells.items()}
+    assert students["again"] == students["mapped"]
+    assert len(set(students.values())) == len(cells) - 1
 
 
 def test_shuffled_rows_are_the_same_rows_at_other_places_of_their_document(work):
