@@ -178,6 +178,8 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     if options.prepare:
         for task, student, answers in dict.fromkeys((b.task, b.student, b.answers) for b in chosen_blocks(options)):
+            if time.monotonic() - began > options.budget_seconds:
+                break
             laboratory.stages.student_path(student)
             laboratory.stages.cache_path(task, answers)
             say(f"{task} with {answers} answers, {student}: ready")

@@ -43,7 +43,8 @@ ARMS = {
     "mapped shuffled": Arm(loss="ce:1,mapped:1", rows="shuffled"),
 }
 CORE_ARMS = ("ce", "uld", "mapped", "mapped+likelihood", "uld shuffled")
-OTHER_ARMS = tuple(name for name in ARMS if name not in CORE_ARMS)
+STRONGER_ARMS = ("mapped 3", "mapped alone")
+OTHER_ARMS = tuple(name for name in ARMS if name not in (*CORE_ARMS, *STRONGER_ARMS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +151,7 @@ def _blocks() -> tuple[Block, ...]:
         Block(task="wikipedia", student="smollm2-10", arms=CORE_ARMS, core=True),
         Block(task="disfl_qa", student=healed, arms=CORE_ARMS, core=True),
         Block(task="xsum", student=healed, arms=CORE_ARMS, core=True),
+        Block(task="wikipedia", student="smollm2-10", arms=STRONGER_ARMS),
     ]
     blocks += [
         Block(task="wikipedia", student="smollm2-10", arms=("mapped",), k_ids=k_ids, tuned=False)

@@ -152,11 +152,20 @@ def k_ids_table(scale: str, rows: Sequence[Row]) -> str | None:
     return "\n".join(lines)
 
 
+def merged(blocks: Sequence[Block]) -> list[Block]:
+    """Blocks that differ only in their arms, and in when they are measured, as one."""
+    found: dict[tuple, Block] = {}
+    for block in blocks:
+        key = (block.task, block.student, block.answers, block.k_ids, block.fraction)
+        found[key] = replace(found[key], arms=(*found[key].arms, *block.arms)) if key in found else block
+    return list(found.values())
+
+
 def tables(rows: Sequence[Row]) -> str:
     """All of it, as Markdown."""
     parts = []
     for scale in ("gpu", "cpu"):
-        found = [block_table(block, scale, rows) for block in BLOCKS if block.k_ids == DEFAULT_K_IDS]
+        found = [block_table(block, scale, rows) for block in merged(BLOCKS) if block.k_ids == DEFAULT_K_IDS]
         found.append(k_ids_table(scale, rows))
         cells = {cell.key for block in BLOCKS if block.task in SCALES[scale] for cell in cells_of(block, scale, rows)}
         missing = len(cells - done_keys(rows))
