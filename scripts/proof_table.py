@@ -125,9 +125,8 @@ def verdict(figures: Sequence[Figure], ce: Figure) -> str:
             continue
         gain = ce.bits - figure.bits
         (open_ if not counts(gain, figure, ce) else gained if gain > 0 else lost).append(figure.arm)
-    parts = [("better than CE", gained), ("worse", lost), ("neither, or too few seeds to say", open_)]
-    said = [f"{what}: {', '.join(arms)}" for what, arms in parts if arms]
-    return "Beyond twice the spread " + "; ".join(said) + "."
+    parts = [("Better than CE", gained), ("Worse than CE", lost), ("Neither, or too few seeds to say", open_)]
+    return " ".join(f"{what}: {', '.join(arms)}." for what, arms in parts if arms)
 
 
 def k_ids_table(scale: str, rows: Sequence[Row]) -> str | None:
@@ -168,9 +167,11 @@ def tables(rows: Sequence[Row]) -> str:
         found = [block_table(block, scale, rows) for block in merged(BLOCKS) if block.k_ids == DEFAULT_K_IDS]
         found.append(k_ids_table(scale, rows))
         cells = {cell.key for block in BLOCKS if block.task in SCALES[scale] for cell in cells_of(block, scale, rows)}
-        missing = len(cells - done_keys(rows))
-        state = f"{len(cells) - missing} of the grid's {len(cells)} cells are measured, {missing} are not measured."
-        parts.append(f"On {'one GPU' if scale == 'gpu' else 'a CPU, small'} (`--scale {scale}`): {state}")
+        measured = len(cells & done_keys(rows))
+        if scale == "gpu":
+            parts.append(f"On one GPU {measured} of the grid's {len(cells)} cells are measured; the others are not.")
+        else:
+            parts.append(f"On a CPU {measured} cells are measured, small ones, to see which way they point.")
         parts += [table for table in found if table is not None]
     return "\n\n".join(parts)
 
