@@ -69,8 +69,8 @@ def predicted_seconds(cell: Cell, rows: Sequence[Row]) -> float:
 
 def measure_cells(options: argparse.Namespace, measure: Callable[[Cell], dict[str, Any]], say: Callable[[str], None]):
     """Measure chosen cells one after the other until none is left to start, or the budget forbids it."""
-    ends = time.monotonic() + options.budget_seconds
-    while True:
+    ends, measured = time.monotonic() + options.budget_seconds, 0
+    while measured < options.max_cells:
         rows = read_rows(options.results)
         missing = [cell for cell in chosen_cells(options, rows) if cell.key not in done_keys(rows)]
         known = [cell for cell in missing if cell.learning_rate is not None]
@@ -92,6 +92,7 @@ def measure_cells(options: argparse.Namespace, measure: Callable[[Cell], dict[st
             say(f"{cell}: ...")
             row = dict(zip(KEY, cell.key, strict=True)) | measure(cell)
             append_row(options.results, row)
+            measured += 1
             say(
                 f"{cell}: {row['bits_per_byte']:.4f} bits per byte ({row['seconds']:.0f} s)"
                 + (f", {row['metric']} {row['score']:.3f}" if row["metric"] else "")
@@ -131,6 +132,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, metavar="N", help="(all)")
     add("--rates", nargs="+", type=float, metavar="R", help="learning rates (all)")
     add("--budget_seconds", type=float, default=float("inf"), metavar="S", help="start no cell that would end later")
+    add("--max_cells", type=int, default=sys.maxsize, metavar="N", help="measure at most so many (all)")
     add("--workers", type=int, default=1, metavar="N", help="processes that share the work (1)")
     add("--prepare", action="store_true", help="make what the chosen cells need, and measure nothing")
     add("--work", type=Path, default=Path("runs/proof"), help="models, caches (default: runs/proof)")

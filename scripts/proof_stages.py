@@ -34,18 +34,21 @@ RANKS = 64
 MIN_BYTES = 400  # of a Wikipedia passage
 LAYERS = 10
 SHARDS = 24  # of every cache, so that some builders have enough to share
-BUILDERS = 6  # processes beside each other on one GPU, which a single one does not fill
 FINE_TUNING = {"epochs": 3, "rate": 5e-5}  # of the teacher, on the documents that students train on later
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
-    """The folders of one scale. teacher, student: folders; None = Gemma-3-270M and SmolLM2-135M-Instruct."""
+    """The folders of one scale. teacher, student: folders; None = Gemma-3-270M and SmolLM2-135M-Instruct.
+
+    builders: processes that share a cache's shards; one would not fill a GPU.
+    """
 
     work: Path
     scale: str
     teacher: str | None = None
     student: str | None = None
+    builders: int = 6 if torch.cuda.is_available() else 1
 
     @property
     def folder(self) -> Path:
@@ -143,13 +146,13 @@ class Stages:
         return path
 
     def _run_builders(self, flags: dict[str, Any]) -> None:
-        """`cache-builder build`, on a GPU in several processes that share the shards. Exits where one fails."""
+        """`cache-builder build`, in this process or in several that share the shards. Exits where one of them fails."""
         words = ["build", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
-        if not torch.cuda.is_available():
+        if self.builders == 1:
             with redirect_stdout(StringIO()):  # its summary
                 cache_builder(words)
             return
-        each = -(-SHARDS // BUILDERS)
+        each = -(-SHARDS // self.builders)
         command = [sys.executable, "-m", "cache_builder", *words, "--shard_range"]
         builders = [
             subprocess.Popen([*command, f"{first}:{first + each}"], stdout=subprocess.DEVNULL)
