@@ -67,12 +67,18 @@ def predicted_seconds(cell: Cell, rows: Sequence[Row]) -> float:
     return cell.training.steps * step + rest
 
 
-def measure_cells(options: argparse.Namespace, measure: Callable[[Cell], dict[str, Any]], say: Callable[[str], None]):
-    """Measure chosen cells one after the other until none is left to start, or the budget forbids it."""
+def measure_cells(
+    options: argparse.Namespace, measure: Callable[[Cell], dict[str, Any]], say: Callable[[str], None]
+) -> bool:
+    """Measure chosen cells one after the other until none is left to start, or the budget forbids it.
+
+    A cell that fails is said and passed over, and leaves no row. Returns whether none failed.
+    """
     ends, measured = time.monotonic() + options.budget_seconds, 0
+    failed: set[tuple[str, ...]] = set()
     while measured < options.max_cells:
         rows = read_rows(options.results)
-        missing = [cell for cell in chosen_cells(options, rows) if cell.key not in done_keys(rows)]
+        missing = [cell for cell in chosen_cells(options, rows) if cell.key not in done_keys(rows) | failed]
         known = [cell for cell in missing if cell.learning_rate is not None]
         fitting = [cell for cell in known if time.monotonic() + predicted_seconds(cell, rows) <= ends]
         taken = None
@@ -85,18 +91,22 @@ def measure_cells(options: argparse.Namespace, measure: Callable[[Cell], dict[st
             if fitting and len(known) < len(missing):
                 time.sleep(PATIENCE)
                 continue
-            return
+            break
         with taken:
             if cell.key in done_keys(read_rows(options.results)):  # finished between the look and the claim
                 continue
             say(f"{cell}: ...")
-            row = dict(zip(KEY, cell.key, strict=True)) | measure(cell)
+            try:
+                row = dict(zip(KEY, cell.key, strict=True)) | measure(cell)
+            except Exception as error:  # the cells behind it shall not be lost with it
+                failed.add(cell.key)
+                say(f"{cell}: FAILED: {type(error).__name__}: {error}")
+                continue
             append_row(options.results, row)
             measured += 1
-            say(
-                f"{cell}: {row['bits_per_byte']:.4f} bits per byte ({row['seconds']:.0f} s)"
-                + (f", {row['metric']} {row['score']:.3f}" if row["metric"] else "")
-            )
+            score = f", {row['metric']} {row['score']:.1f}" if row["metric"] else ""
+            say(f"{cell}: {row['bits_per_byte']:.4f} bits per byte ({row['seconds']:.0f} s){score}")
+    return not failed
 
 
 def listing(options: argparse.Namespace) -> str:
@@ -134,7 +144,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     add("--budget_seconds", type=float, default=float("inf"), metavar="S", help="start no cell that would end later")
     add("--max_cells", type=int, default=sys.maxsize, metavar="N", help="measure at most so many (all)")
     add("--workers", type=int, default=1, metavar="N", help="processes that share the work (1)")
-    add("--prepare", action="store_true", help="make what the chosen cells need, and measure nothing")
+    add("--prepare", action="store_true", help="make what the cells need, and measure nothing")
     add("--work", type=Path, default=Path("runs/proof"), help="models, caches (default: runs/proof)")
     add("--results", type=Path, default=RESULTS, help="the CSV (default: scripts/results/proof.csv)")
     add("--teacher", help="a model folder (default: Gemma-3-270M from packages)")
@@ -147,10 +157,28 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def run_workers(count: int, words: list[str]) -> int:
+def prepare(options: argparse.Namespace, stages: Any, say: Callable[[str], None]) -> None:
+    """Make what the missing cells need, in their order, as far as the budget would bring one process."""
+    rows, seconds, ready = read_rows(options.results), 0.0, set()
+    for cell in chosen_cells(options, rows):
+        if cell.key in done_keys(rows):
+            continue
+        needs = (cell.task, cell.student, cell.answers)
+        if needs not in ready:
+            stages.student_path(cell.student)
+            stages.cache_path(cell.task, cell.answers)
+            ready.add(needs)
+            say(f"{cell.task} with {cell.answers} answers, {cell.student}: ready")
+        seconds += predicted_seconds(cell, rows)
+        if seconds > options.budget_seconds:
+            return
+
+
+def run_workers(count: int, budget_seconds: float, words: list[str]) -> int:
     """The same command in `count` processes, and one more that makes, ahead of them, what cells to come will need."""
     command = [sys.executable, __file__, *words, "--workers", "1"]  # the last of two flags counts
-    processes = [subprocess.Popen([*command, *more]) for more in (["--prepare"], *[[]] * count)]
+    ahead = ["--prepare", "--budget_seconds", str(count * budget_seconds)]
+    processes = [subprocess.Popen([*command, *more]) for more in (ahead, *[[]] * count)]
     try:
         return max(process.wait() for process in processes)
     except KeyboardInterrupt:  # they got it, too
@@ -163,7 +191,8 @@ def main(words: Sequence[str] | None = None) -> None:
         print(listing(options))
         return
     if options.workers > 1:
-        sys.exit(run_workers(options.workers, sys.argv[1:] if words is None else list(words)))
+        given = sys.argv[1:] if words is None else list(words)
+        sys.exit(run_workers(options.workers, options.budget_seconds, given))
     began = time.monotonic()
 
     def say(line: str) -> None:
@@ -179,15 +208,11 @@ def main(words: Sequence[str] | None = None) -> None:
         Stages(work=options.work, scale=options.scale, teacher=options.teacher, student=options.student)
     )
     if options.prepare:
-        for task, student, answers in dict.fromkeys((b.task, b.student, b.answers) for b in chosen_blocks(options)):
-            if time.monotonic() - began > options.budget_seconds:
-                break
-            laboratory.stages.student_path(student)
-            laboratory.stages.cache_path(task, answers)
-            say(f"{task} with {answers} answers, {student}: ready")
+        prepare(options, laboratory.stages, say)
         return
-    measure_cells(options, lambda cell: measure(laboratory, cell), say)
+    well = measure_cells(options, lambda cell: measure(laboratory, cell), say)
     print(listing(options).splitlines()[-1])
+    sys.exit(0 if well else 1)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 maps, and what the teacher and the untrained student score on the same documents.
 """
 
+import gc
 import hashlib
 import math
 import platform
@@ -29,7 +30,7 @@ from distill.collator import word_map_of
 from distill.scoring import Scores, score, summed, teacher_scores
 from distill.word_map import WordMap
 from storage_specs.document import CachedDocument, Document
-from storage_specs.errors import AlignmentError
+from storage_specs.errors import AlignmentError, NonFiniteLossError
 from storage_specs.reader import Cache, open_cache
 
 MEASURED = (
@@ -183,7 +184,21 @@ def measure(laboratory: Laboratory, cell: Cell) -> dict[str, Any]:
     baseline = laboratory.baseline(cell.task, cell.student)
     laboratory.decode(cell)
     began = time.perf_counter()
-    model, trained = train_once(laboratory, cell)
+    found = {
+        **asdict(ARMS[cell.arm]),
+        **{"steps": training.steps, "batch": training.batch, "max_length": training.max_length},
+        "bytes_per_row": laboratory.bytes_per_row(cell.task, cell.answers, cell.k_ids),
+        "cache_id": laboratory.cache(cell.task, cell.answers).manifest.cache_id[:12],
+        "machine": machine(laboratory.device),
+        "version": code_version(),
+        **{"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    try:
+        model, trained = train_once(laboratory, cell)
+    except NonFiniteLossError:  # a rate too high: never the best, and that is known now
+        found |= dict.fromkeys(("validation_bits_per_byte", "bits_per_byte"), math.inf)
+        return {name: found.get(name, math.nan) for name in MEASURED} | {"seconds": time.perf_counter() - began}
     on_validation = summed({"student": laboratory.scores(model, tokenizer, validation, training.max_length)})
     scores = {
         "bits_per_byte": laboratory.scores(model, tokenizer, test, training.max_length),
@@ -192,12 +207,10 @@ def measure(laboratory: Laboratory, cell: Cell) -> dict[str, Any]:
     }
     on_test = summed(scores)
     answers = proof_tasks.answer_scores(cell.task, model, tokenizer, training)
+    del model
+    gc.collect()  # a Trainer and its model hold each other; on a GPU that others share it matters
     metric = next(iter(answers), "")
-    device = torch.cuda.get_device_name() if laboratory.device == "cuda" else f"CPU {platform.machine()}"
-    return {
-        **asdict(ARMS[cell.arm]),
-        **{"steps": training.steps, "batch": training.batch, "max_length": training.max_length},
-        **trained,
+    found |= trained | {
         "seconds": time.perf_counter() - began,
         "validation_bits_per_byte": _bits(on_validation.nats["student"], on_validation.bytes),
         **{name: _bits(nats, on_test.bytes) for name, nats in on_test.nats.items()},
@@ -208,13 +221,15 @@ def measure(laboratory: Laboratory, cell: Cell) -> dict[str, Any]:
         "teacher_score": baseline.teacher_scores.get(metric, math.nan),
         "untrained_score": baseline.untrained_scores.get(metric, math.nan),
         "other_scores": " ".join(f"{name}={value:.4f}" for name, value in answers.items() if name != metric),
-        "bytes_per_row": laboratory.bytes_per_row(cell.task, cell.answers, cell.k_ids),
-        "cache_id": laboratory.cache(cell.task, cell.answers).manifest.cache_id[:12],
-        "machine": f"{device}, {torch.get_num_threads()} threads" if laboratory.device == "cpu" else device,
-        "version": code_version(),
-        **{"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
-        "date": time.strftime("%Y-%m-%d"),
     }
+    return {name: found[name] for name in MEASURED}
+
+
+def machine(device: str) -> str:
+    """What it ran on."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
 
 @cached

@@ -35,7 +35,7 @@ def fine_tune(
     """
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    examples = [_example(tokenizer, document, max_length) for document in documents]
+    examples = [example_of(tokenizer, document, max_length) for document in documents]
     with tempfile.TemporaryDirectory() as scratch:
         config = TrainingArguments(
             output_dir=scratch,
@@ -52,7 +52,7 @@ def fine_tune(
             remove_unused_columns=False,
             seed=seed,
         )
-        trainer = Trainer(model, config, data_collator=_padded, train_dataset=examples)
+        trainer = Trainer(model, config, data_collator=padded, train_dataset=examples)
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     model.to(torch.bfloat16).save_pretrained(output)
@@ -60,7 +60,7 @@ def fine_tune(
         (output / file.name).write_bytes(file.read_bytes())
 
 
-def _example(tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int) -> dict[str, np.ndarray]:
+def example_of(tokenizer: PreTrainedTokenizerBase, document: Document, max_length: int) -> dict[str, np.ndarray]:
     """The window of a document that ends with its answer; labels where it is scored."""
     window = cut_windows(render(tokenizer, document), max_length, max_length // 8)[-1]
     labels = np.full(len(window.ids), NO_LABEL)
@@ -68,17 +68,22 @@ def _example(tokenizer: PreTrainedTokenizerBase, document: Document, max_length:
     return {"input_ids": window.ids, "labels": labels}
 
 
-def _padded(examples: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """Padded on the right; what pads is neither read nor learned."""
+def padded(examples: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor | int]:
+    """Padded on the left, so that all answers end together: only there are logits of the whole vocabulary made."""
     longest = max(len(example["input_ids"]) for example in examples)
 
-    def padded(name: str, fill: int) -> torch.Tensor:
-        rows = [np.pad(example[name], (0, longest - len(example[name])), constant_values=fill) for example in examples]
+    def column(name: str, fill: int) -> torch.Tensor:
+        rows = [np.pad(example[name], (longest - len(example[name]), 0), constant_values=fill) for example in examples]
         return torch.from_numpy(np.stack(rows))
 
-    mask = [np.arange(longest) < len(example["input_ids"]) for example in examples]
+    labels = column("labels", NO_LABEL)
+    first = int((labels != NO_LABEL).any(0).nonzero()[0])
+    kept = longest - first + 1  # the position before the first label predicts it
+    sizes = [len(example["input_ids"]) for example in examples]
+    mask = np.stack([np.arange(longest) >= longest - size for size in sizes]).astype(np.int64)
     return {
-        "input_ids": padded("input_ids", 0),
-        "labels": padded("labels", NO_LABEL),
-        "attention_mask": torch.from_numpy(np.stack(mask).astype(np.int64)),
+        "input_ids": column("input_ids", 0),
+        "attention_mask": torch.from_numpy(mask),
+        "labels": labels[:, -kept:],
+        "logits_to_keep": kept,
     }

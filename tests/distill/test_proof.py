@@ -19,9 +19,11 @@ from proof_documents import View, shuffled_rows
 from proof_grid import ARMS, BLOCKS, KEY, RATES, Block, Cell, best_rate, cells_of
 from proof_rows import append_row, read_rows
 from proof_stages import Stages
+from proof_teacher import NO_LABEL, example_of, padded
 from transformers import AutoModelForCausalLM
 
-from storage_specs import open_cache, text_document
+from storage_specs import completion_document, open_cache, text_document
+from storage_specs.errors import NonFiniteLossError
 
 SCRIPTS = Path(proof.__file__).parent
 ONE_CELL = ["--scale", "tiny", "--tasks", "wikipedia", "--students", "smollm2", "--seeds", "0", "--rates", "1e-4"]
@@ -95,6 +97,19 @@ def test_a_task_has_a_taught_teacher_that_also_writes_answers(student_path, smol
     assert not set.intersection(*prompts)
 
 
+def test_a_teacher_learns_the_answers_of_padded_examples_as_of_each_alone(student_path, smollm2_tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(student_path, dtype=torch.float32).eval()
+    documents = [completion_document("a prompt " * n, " and what follows" * (1 + n % 3)) for n in (2, 9, 4)]
+    examples = [example_of(smollm2_tokenizer, document, 512) for document in documents]
+    nats = []
+    for example in examples:
+        logprobs_TV = model(torch.from_numpy(example["input_ids"])[None]).logits[0].log_softmax(1)
+        at = np.flatnonzero(example["labels"] != NO_LABEL)
+        nats += (-logprobs_TV[at - 1, example["labels"][at]]).tolist()
+    together = model(**padded(examples)).loss.item()
+    assert together == pytest.approx(np.mean(nats), rel=1e-5)
+
+
 def test_a_cell_learns_from_what_it_says_and_from_nothing_else(laboratory):
     """The same cell twice gives the same student; other rows, fewer ids, fewer documents, another order another one."""
     cells = {
@@ -163,6 +178,38 @@ def test_a_killed_cell_leaves_no_row_and_the_same_command_measures_it(work, labo
     proof.measure_cells(options, lambda cell: pytest.fail("it is measured"), said.append)
     assert len(read_rows(results)) == 1
     assert proof.listing(options).startswith("measured")
+
+
+def test_a_cell_that_fails_leaves_no_row_and_the_next_ones_are_measured(work, tmp_path):
+    options = proof.arguments(
+        [*ONE_CELL, "--arms", "ce", "uld", "--work", str(work), "--results", str(tmp_path / "proof.csv")]
+    )
+    said: list[str] = []
+
+    def measure_or_fail(cell: Cell) -> dict[str, object]:
+        if cell.arm == "ce":
+            raise MemoryError("no room")
+        return {"bits_per_byte": 1.0, "validation_bits_per_byte": 1.0, "seconds": 1.0, "metric": ""}
+
+    assert not proof.measure_cells(options, measure_or_fail, said.append)
+    assert [row["arm"] for row in read_rows(options.results)] == ["uld"]
+    assert any("FAILED: MemoryError: no room" in line for line in said)
+
+
+def test_a_rate_that_diverges_is_measured_and_never_the_best(laboratory):
+    def diverge(*_: object) -> None:
+        raise NonFiniteLossError("the loss is nan")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("proof_cell.train_once", diverge)
+        row = measure(laboratory, wikipedia_cell("ce"))
+    finite = wikipedia_cell("ce", learning_rate=1e-4)
+    rows = [
+        {name: str(value) for name, value in (dict(zip(KEY, cell.key, strict=True)) | figures).items()}
+        for cell, figures in ((wikipedia_cell("ce"), row), (finite, {"validation_bits_per_byte": 9.0}))
+    ]
+    assert row["bits_per_byte"] == float("inf")
+    assert best_rate([wikipedia_cell("ce"), finite], rows) == 1e-4
 
 
 def test_cells_not_measured_are_listed_as_such_and_the_budget_starts_none(tmp_path):
