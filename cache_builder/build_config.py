@@ -8,14 +8,13 @@ from typing import Any
 
 from cache_builder.sampling import Sampling
 from cache_builder.self_check import DEFAULT_TOKENS
-from storage_specs.codecs import PROFILES, sketch
+from storage_specs.codecs import BINS, PROFILES, SketchCodec, default_k, default_parameters
 from storage_specs.document import TOOL_ROLES
 from storage_specs.errors import ConfigError
 from storage_specs.plan import Plan
 from storage_specs.settings import DEFAULT_PROFILE
-from storage_specs.sketch import log_rank_edges
 
-DEFAULT_K, DEFAULT_K_IDS = 64, 16
+DEFAULT_K_IDS = 16
 STORES = ("zarr", "arrow")
 MODES = ("score", "generate")
 ENDPOINT = ("base_url", "api_key_env", "max_concurrency", "timeout", "vocab_size")
@@ -85,7 +84,7 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         if self.k is None:
-            object.__setattr__(self, "k", sketch.HEAD if self.profile == sketch.SketchCodec.profile else DEFAULT_K)
+            object.__setattr__(self, "k", default_k(self.profile))
         for name in (
             "k",
             "documents_per_shard",
@@ -106,7 +105,7 @@ class BuildConfig:
             raise ConfigError(f"store is {self.store!r}, but must be {' or '.join(STORES)}")
         if self.profile not in PROFILES:
             raise ConfigError(f"profile is {self.profile!r}, but must be {' or '.join(PROFILES)}")
-        if self.tail_bins is not None and self.profile != sketch.SketchCodec.profile:
+        if self.tail_bins is not None and self.profile != SketchCodec.profile:
             raise ConfigError(f"tail_bins are kept by the profile sketch only, and profile is {self.profile!r}")
         if self.shard_range and not 0 <= self.shard_range[0] < (self.shard_range[1] or math.inf):
             raise ConfigError(f"shard_range is {self.shard_range}, but must be A:B with 0 <= A < B")
@@ -152,9 +151,8 @@ class BuildConfig:
 
     def rank_edges(self, vocab_size: int) -> tuple[int, ...] | None:
         """The ranks between which the sorted tail's masses are kept; None but in the profile sketch. ConfigError."""
-        if self.profile != sketch.SketchCodec.profile:
-            return None
-        return tuple(log_rank_edges(self.k, vocab_size, self.tail_bins or sketch.BINS).tolist())
+        parameters = default_parameters(self.profile, k=self.k, vocab_size=vocab_size, bins=self.tail_bins or BINS)
+        return tuple(parameters["rank_edges"]) if parameters else None
 
     def sampling(self, stop_token_ids: tuple[int, ...]) -> Sampling | None:
         """How completions are written; None in mode score. Raises ConfigError."""

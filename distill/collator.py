@@ -80,7 +80,7 @@ class DistillationCollator:
             )
 
     def __call__(self, documents: Sequence[CachedDocument]) -> Batch:
-        of_documents = [self.inputs.windows(document) for document in documents]
+        of_documents = self.inputs.windows(documents)
         windows = [(number, window) for number, of_one in enumerate(of_documents) for window in of_one]
         inputs, starts_W = self.inputs.batch([window for _, window in windows])
         # Labels are in the order of their positions, wherever packing put their windows.

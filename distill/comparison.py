@@ -40,7 +40,10 @@ class Comparison:
 
 
 def compare(documents: Sequence[CachedDocument], collator: DistillationCollator) -> Comparison:
-    """Align the first documents as training would. Raises AlignmentError where not one position is compared."""
+    """Align the first documents as training would.
+
+    Raises AlignmentError where not one position is compared, or not one word mapped for a loss that maps words.
+    """
     sampled = pairs = teacher_rows = student_positions = 0
     masses: list[tuple[float, float, int]] = []
     for document in (documents[number] for number in range(min(len(documents), SAMPLE_DOCUMENTS))):
@@ -60,6 +63,13 @@ def compare(documents: Sequence[CachedDocument], collator: DistillationCollator)
             "cache's; try --align positional, or check that --model_name_or_path names the student you mean"
         )
     mapped_mass = cached_mass = None
+    if masses and not any(mapped for mapped, _, _ in masses):
+        raise AlignmentError(
+            f"--loss {', '.join(collator.mixture.not_merged)}: not one of the teacher's likeliest words in {sampled} "
+            f"documents is a word of this student ({collator.word_map.mapped_ids:.1%} of its whole vocabulary "
+            f"is): with --mapping {collator.config.mapping} nothing would be learned; try --mapping first_token or "
+            "--loss ce:1,uld:1.5, or check that --model_name_or_path names the student you mean"
+        )
     if masses:
         mapped_T, cached_T, rows_T = np.array(masses).T
         mapped_mass, cached_mass = (float(np.average(share, weights=rows_T)) for share in (mapped_T, cached_T))

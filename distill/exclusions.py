@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from distill.checkpoint import saving
 from storage_specs.errors import ConfigError
 from storage_specs.reader import Cache
 
-__all__ = ["Exclusions", "read_exclusions", "write_lines"]
+__all__ = ["Exclusions", "read_exclusions"]
 
 DOC_ID = re.compile("[0-9a-f]{64}")
 
@@ -70,12 +69,3 @@ def read_exclusions(path: str | Path) -> list[str]:
             )
         doc_ids.append(word)
     return doc_ids
-
-
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write a text file atomically, its folder made where it is missing. Raises StorageFullError, OutputFolderError."""
-    with saving(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}")
-        scratch.write_text("".join(f"{line}\n" for line in lines), encoding="utf8")
-        scratch.replace(path)

@@ -1,8 +1,8 @@
 """CE, ULD and `mapped` of each row of logits in plain torch, its gradient written down: any device, any dtype.
 
-The counterpart of `distill.fused_triton`, equation by equation (see `distill.kernels`): forward keeps a log-sum-exp, a
-slope and a short list of words per row, backward writes `softmax * slope` and adds the listed words' own gradients.
-Rows are taken in chunks, so that no float32 copy of the whole is ever made.
+The counterpart of `distill.fused_triton`, equation by equation (`distill.gradient_kernels`): forward keeps a
+log-sum-exp, a slope and a short list of words per row, backward writes `softmax * slope` and adds the listed words' own
+gradients. Rows are taken in chunks, so that no float32 copy of the whole is ever made.
 
 Legend: N rows, R rows of one chunk, V student words, K ranks, I mapped words, J tail bins, B steps of the tail's
 histogram.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from distill import kernels
+from distill import gradient_kernels, kernels
 from distill.fused_torch import TAIL_STEP_NATS, TAIL_STEPS
 
 __all__ = ["INTERPRETED", "LARGEST_HEAD", "FusedRowLosses", "Tuning"]
@@ -158,13 +158,13 @@ def write_gradient(
     tile = tuning.sketch_gradient_tile if ctx.sketch else tuning.gradient_tile
     tile = min(tile, triton.next_power_of_2(V))
     with _device_of(logits_NV):
-        kernels.dense_gradient_kernel[(N, triton.cdiv(V, tile * tuning.gradient_tiles))](
+        gradient_kernels.dense_gradient_kernel[(N, triton.cdiv(V, tile * tuning.gradient_tiles))](
             logits_NV, logits_NV.stride(0), gradient_NV, gradient_NV.stride(0), lse_N, labels_N, dense_uld_N,
             dense_mapped_N, kth_N, signs_NB, *grads, V, tuning.tail_step_nats,
             K=K, I=I, B=B, TILE=tile, TILES=tuning.gradient_tiles, WITH_LABELS=with_labels, SKETCH=ctx.sketch,
             num_warps=tuning.gradient_warps,
         )  # fmt: skip
-        kernels.listed_gradient_kernel[(N,)](
+        gradient_kernels.listed_gradient_kernel[(N,)](
             gradient_NV, gradient_NV.stride(0), lse_N, *lists, labels_N, dense_uld_N, dense_mapped_N, kth_N, signs_NB,
             *grads, tuning.tail_step_nats, K=K, KP=triton.next_power_of_2(max(K, 1)), I=I,
             IP=triton.next_power_of_2(max(I, 1)), B=B, WITH_LABELS=with_labels, SKETCH=ctx.sketch,

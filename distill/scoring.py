@@ -152,7 +152,7 @@ def score(
         chat_template_kwargs=chat_template_kwargs,
         decoder_start=decoder_start_of(model.config),
     )
-    windows = [inputs.windows(document) for document in documents]
+    windows = inputs.windows(documents)
     flat = sorted((window for of_one in windows for window in of_one), key=lambda window: -len(window.ids))
     nats: dict[int, np.ndarray] = {}
     own = {"total": sum(len(window.ids) for window in flat), "unit": "tok", "unit_scale": True, "desc": label}

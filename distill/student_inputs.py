@@ -18,7 +18,7 @@ from distill.encoder_decoder import encoder_decoder_pairs
 from distill.packing import first_fit
 from storage_specs.document import Document
 from storage_specs.errors import ConfigError
-from storage_specs.rendering import render
+from storage_specs.rendering import render_all
 from storage_specs.token_alphabet import backend_of
 from storage_specs.windows import Window, cut_windows
 
@@ -60,16 +60,22 @@ class StudentInputs:
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
         self.pad_id = next((i for i in ids if i is not None), 0)  # masked, so any id will do
 
-    def windows(self, document: Document) -> list[StudentWindow]:
-        """The student's windows of a document. Nothing of what it is scored on is cut off."""
+    def windows(self, documents: Sequence[Document]) -> list[list[StudentWindow]]:
+        """The student's windows of every document. Nothing of what it is scored on is cut off."""
         if self.decoder_start is None:
-            pairs = [(None, render(self.tokenizer, document, *self.template))]
+            pairs = [[(None, sequence)] for sequence in render_all(self.tokenizer, documents, *self.template)]
         else:
-            pairs = encoder_decoder_pairs(self.tokenizer, document, self.decoder_start, self.max_length, *self.template)
+            pairs = [
+                encoder_decoder_pairs(self.tokenizer, document, self.decoder_start, self.max_length, *self.template)
+                for document in documents
+            ]
         return [
-            StudentWindow(**vars(window), encoder_ids=encoder_ids)
-            for encoder_ids, sequence in pairs
-            for window in cut_windows(sequence, self.max_length, self.window_overlap)
+            [
+                StudentWindow(**vars(window), encoder_ids=encoder_ids)
+                for encoder_ids, sequence in of_document
+                for window in cut_windows(sequence, self.max_length, self.window_overlap)
+            ]
+            for of_document in pairs
         ]
 
     def batch(self, windows: Sequence[StudentWindow]) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -135,6 +135,16 @@ def evaluated_digest(name: str) -> str:
     return hashlib.sha256(canonical_json(parts)).hexdigest()
 
 
+def model_folder(name: str) -> Path:
+    """Where a model's files are: its folder, or the snapshot of a hub name. Raises ConfigError."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(transformers.utils.cached_file(name, "config.json")).parent
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the model {name} cannot be read: {error}") from error
+
+
 def parameter_count(name: str) -> int:
     """How many parameters a model has, without its weights."""
     config = load_config(

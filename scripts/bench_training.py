@@ -225,13 +225,20 @@ class Bench:
             raise SystemExit(f"{arm}: the head computed in {self.head_dtypes}, not in {wanted}: nothing is compared")
         self.model.zero_grad(set_to_none=True)
 
-    def run(self) -> dict[str, Timings]:
+    def run(self, until: float) -> dict[str, Timings]:
+        """Rounds of turns of all arms; none is begun that would take longer than there is time, but for the first."""
         self.read_batches()
         self.check()
-        timings = {arm: Timings() for arm in ARMS}
-        for _ in range(self.options.turns):
+        timings, longest = {arm: Timings() for arm in ARMS}, 0.0
+        for number in range(self.options.turns):
+            began = time.perf_counter()
+            if number and began + longest > until:
+                print(f"{self.name}: {number} of {self.options.turns} rounds, for lack of time", flush=True)
+                break
             for arm, found in timings.items():
                 self.turn(arm, found)
+                print(f"{self.name} {arm}: {statistics.median(found.step_ms):.2f} ms so far", flush=True)
+            longest = max(longest, time.perf_counter() - began)
         return timings
 
     @staticmethod
@@ -374,12 +381,14 @@ def main(arguments: Sequence[str]) -> int:
     add("--shapes", default="smollm2,llama1b", help="comma-separated (default: smollm2,llama1b)")
     add("--tiny", action="store_true", help="a tiny shape on the CPU")
     add("--turns", type=int, default=3, help="turns of each arm (3)")
-    add("--steps", type=int, default=12, help="timed steps of a turn (12)")
+    add("--steps", type=int, default=24, help="timed steps of a turn; the queue of batches must run dry in them (24)")
+    add("--seconds", type=float, default=float("inf"), help="begin no round that would end later (no limit)")
     add("--warm_up", type=int, default=4, help="steps before them, and between two lines of the log (4)")
     add("--cache", type=Path, help="a cache of documents of at most 1024 tokens, instead of a made-up one")
     add("--tokenizer", help="the student's tokenizer for --cache: folder or hub name")
     add("--results", type=Path, default=RESULTS, help="CSV to append to")
     options = parser.parse_args(arguments)
+    began = time.perf_counter()
     names = ["tiny"] if options.tiny else options.shapes.split(",")
     transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
@@ -389,7 +398,6 @@ def main(arguments: Sequence[str]) -> int:
         else:
             wanted = max(SHAPES[name].documents for name in names) * (options.warm_up + options.steps)
             length = max(SHAPES[name].max_length for name in names)
-            began = time.perf_counter()
             # a tenth is held out
             cache, tokenizer = write_cache(
                 scratch / "cache", int(wanted * 1.25) + 16, length, 8 if options.tiny else 32, options.tiny
@@ -397,9 +405,10 @@ def main(arguments: Sequence[str]) -> int:
             print(f"cache of made-up rows written in {time.perf_counter() - began:.1f} s", flush=True)
         manifest = open_cache(cache).manifest
         rows_per_shard = manifest.counts["rows"] // len(open_cache(cache).documents_per_shard)
-        for name in names:
+        for number, name in enumerate(names, start=1):
+            until = began + options.seconds * number / len(names)
             bench = Bench(name, options, cache, tokenizer, scratch)
-            report(bench, bench.run(), options.results, manifest.teacher["name"], rows_per_shard)
+            report(bench, bench.run(until), options.results, manifest.teacher["name"], rows_per_shard)
             del bench
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -16,6 +16,7 @@ Nothing here is needed for your own data: `--teacher`, `--student` and the corpu
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import math
@@ -25,7 +26,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -59,17 +61,23 @@ def wikipedia_path() -> Path:
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """`folder`, filled by `make(temporary folder)` and renamed into place, so that it is never seen half-made."""
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-            made = Path(scratch) / "made"
-            made.mkdir()
-            make(made)
-            try:
-                made.rename(folder)
-            except OSError:  # another process made it meanwhile
-                if not folder.is_dir():
-                    raise
+        with made_alone(folder):
+            if not folder.exists():  # another process made it meanwhile
+                with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+                    made = Path(scratch) / "made"
+                    made.mkdir()
+                    make(made)
+                    made.rename(folder)
     return folder
+
+
+@contextmanager
+def made_alone(path: Path) -> Iterator[None]:
+    """Who would make the same file or folder meanwhile waits here: two conversions at once take twice as long."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def fetched(packages: list[str], into: Path, wanted: Callable[[str], bool]) -> list[Path]:

@@ -2,6 +2,7 @@
 
     python scripts/nightly_kills.py --trials 60                  # a piece of some minutes; pieces add up in the CSV
     python scripts/nightly_kills.py --trials 2 --teacher gemma   # the real Gemma-3-270M instead of a small random model
+    python scripts/nightly_kills.py --trials 9 --teacher tiny    # SmolLM2's first 2,048 words instead of all of Gemma's
 
 The teacher is a random model of two layers under Gemma's real tokenizer (262,144 words), scored by the transformers
 engine. Every trial is a forked process, in which nothing is left to import; so is every resumption. A first,
@@ -48,7 +49,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import demo_assets
 import pyarrow
 import torch
-import transformers
+from random_teacher import make_random_teacher
 
 from cache_builder import preparation
 from cache_builder.build_config import BuildConfig
@@ -250,31 +251,18 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def make_teacher(folder: Path) -> Path:
-    """A random Llama of two layers with Gemma's tokenizer, as an ordinary Hugging Face folder."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=262144,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-        bos_token_id=2,
-        eos_token_id=1,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    for file in demo_assets.gemma_path().glob("*token*"):
-        shutil.copy(file, folder)
-    return folder
+def make_teacher(folder: Path, teacher: str) -> Path:
+    """The folder of the teacher of that name (--teacher)."""
+    if teacher == "gemma":
+        return demo_assets.gemma_path()
+    if teacher == "tiny":
+        return make_random_teacher(folder, demo_assets.smollm2_path(), 2048)
+    return make_random_teacher(folder, demo_assets.gemma_path(), hidden_size=8)
 
 
 def prepare(folder: Path, teacher: str, store: str) -> BuildConfig:
     """The build that is killed; what it reads is made, and what costs a start is loaded, before anything forks."""
-    model = demo_assets.gemma_path() if teacher == "gemma" else make_teacher(folder / "teacher")
+    model = make_teacher(folder / "teacher", teacher)
     with demo_assets.wikipedia_path().open(encoding="utf8") as lines:
         texts = [json.loads(line)["text"][:CHARACTERS] for line in islice(lines, SHARDS * DOCUMENTS_PER_SHARD)]
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -301,7 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--teacher", choices=["random", "gemma"], default="random")
+    parser.add_argument("--teacher", choices=["random", "gemma", "tiny"], default="random")
     parser.add_argument("--store", choices=["zarr", "arrow"], default="zarr")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "kills.csv")
     arguments = parser.parse_args()

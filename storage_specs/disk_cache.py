@@ -22,7 +22,7 @@ from pathlib import Path
 
 from storage_specs.document import canonical_json
 from storage_specs.errors import ConfigError, CorruptCacheError
-from storage_specs.objects import Objects
+from storage_specs.objects import ByteRange, Objects
 from storage_specs.stored_object import StoredObject
 
 DEFAULT_BYTES = 32 << 30
@@ -56,6 +56,9 @@ class DiskCache(Objects):
 
     def read_range(self, name: str, offset: int, size: int) -> bytes:
         return self.source.read_range(name, offset, size)
+
+    def expect(self, ranges: Sequence[ByteRange]) -> dict[ByteRange, bytes]:
+        return self.source.expect(ranges)
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         return self.source.list(prefix)

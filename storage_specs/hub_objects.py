@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NoReturn, TypeVar
@@ -20,8 +21,9 @@ from storage_specs.errors import (
     StoreAccessError,
     StoreUnavailableError,
     StoreUnsupportedError,
+    TeachOnceError,
 )
-from storage_specs.objects import Objects
+from storage_specs.objects import ByteRange, Objects
 from storage_specs.stored_object import StoredObject, check_length, remedy_at
 
 Answer = TypeVar("Answer")
@@ -80,6 +82,16 @@ class HubObjects(Objects):
                 if last:
                     raise
         raise AssertionError
+
+    def expect(self, ranges: Sequence[ByteRange]) -> dict[ByteRange, bytes]:
+        def get(wanted: ByteRange) -> bytes | None:
+            with suppress(TeachOnceError):
+                return self.read_range(*wanted)
+            return None
+
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as threads:
+            found = dict(zip(ranges, threads.map(get, ranges), strict=True))
+        return {wanted: data for wanted, data in found.items() if data is not None}
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         root = self._commit

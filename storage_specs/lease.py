@@ -9,6 +9,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 from storage_specs.errors import CacheInUseError
 from storage_specs.local_objects import writing
@@ -30,13 +31,8 @@ def commit_turn(objects: Objects) -> Iterator[None]:
         return
     with writing(objects.root):
         (objects.root / "shards").mkdir(parents=True, exist_ok=True)
-        folder = os.open(objects.root / "shards", os.O_RDONLY)
+    folder = _locked(objects.root / "shards", fcntl.LOCK_EX)
     try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
         yield
     finally:
         os.close(folder)
@@ -56,19 +52,30 @@ def lease(objects: Objects, *, shared: bool = False) -> Iterator[None]:
     if not objects.root.is_dir():
         yield
         return
-    with writing(objects.root):
-        folder = os.open(objects.root, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(folder, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CacheInUseError(
-                f"{objects.place}: another process of this machine is writing this cache; wait for it, or choose "
-                "another output folder"
-            ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
+        folder = _locked(objects.root, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CacheInUseError(
+            f"{objects.place}: another process of this machine is writing this cache; wait for it, or choose another "
+            "output folder"
+        ) from None
+    try:
         yield
     finally:
         os.close(folder)
+
+
+def _locked(folder: Path, how: int) -> int:
+    """A descriptor that holds a folder's lock, if its file system has locks, until it is closed.
+
+    Raises BlockingIOError, OutputFolderError.
+    """
+    with writing(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, how)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            os.close(descriptor)
+            raise
+    return descriptor

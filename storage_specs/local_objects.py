@@ -5,7 +5,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -19,7 +19,7 @@ from storage_specs.errors import (
     StorageFullError,
     TeachOnceError,
 )
-from storage_specs.objects import Objects
+from storage_specs.objects import ByteRange, Objects
 from storage_specs.stored_object import StoredObject, check_length, remedy_at
 
 # Files being written lie here, named host-pid-number, and are renamed into place; what a killed writer left is swept.
@@ -69,16 +69,16 @@ class LocalObjects(Objects):
         check_length(name, offset, size, len(data), remedy_at(self.root))
         return data
 
-    def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
-        if not hasattr(os, "posix_fadvise"):
-            return
-        for name, offset, size in ranges:
+    def expect(self, ranges: Sequence[ByteRange]) -> dict[ByteRange, bytes]:
+        """Nothing: the kernel reads ahead."""
+        for name, offset, size in ranges if hasattr(os, "posix_fadvise") else ():
             with suppress(OSError, MalformedObjectError):  # reading it says what is wrong
                 descriptor = open_inside(self.root, name)
                 try:
                     os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
                 finally:
                     os.close(descriptor)
+        return {}
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         for folder, folders, files in os.walk(self.root / prefix.rpartition("/")[0]):

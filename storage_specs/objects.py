@@ -8,12 +8,13 @@ import math
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from storage_specs.errors import ConfigError, MalformedObjectError, MissingObjectError, SizeMismatchError
 from storage_specs.stored_object import StoredObject, remedy_at
 
+ByteRange = tuple[str, int, int]  # of an object: its name, offset, size
 OBJECT_STORES = ("s3", "gs", "az")  # read and written, through obstore
 HUB = "hf"  # read only
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -46,9 +47,11 @@ class Objects(ABC):
     def read_range(self, name: str, offset: int, size: int) -> bytes:
         """Exactly `size` bytes from `offset`, unverified. Raises MissingObjectError, SizeMismatchError."""
 
-    def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
-        """Say which (name, offset, size) will be read next, so that they are fetched together. Never raises."""
-        return  # where nothing is gained by knowing it
+    def expect(self, ranges: Sequence[ByteRange]) -> dict[ByteRange, bytes]:
+        """Say which (name, offset, size) will be read next, so that they are fetched together: {range: its bytes},
+        unverified, of those that had better be taken from here. Of what is left out `read_range` says what is wrong.
+        """
+        return {}  # where nothing is gained by knowing it
 
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:

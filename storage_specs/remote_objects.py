@@ -8,7 +8,7 @@ know: whether a creation that lost its answer was ours, and whether a body is al
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from storage_specs.errors import (
     StoreUnsupportedError,
 )
 from storage_specs.local_objects import WRITING_FOLDER
-from storage_specs.objects import Objects
+from storage_specs.objects import ByteRange, Objects
 from storage_specs.store_errors import (
     beyond_the_end,
     lacks_s3_credentials,
@@ -40,6 +40,9 @@ Answer = TypeVar("Answer")
 
 REQUESTS_AT_ONCE = 16
 PIECE_BYTES = 16 << 20  # larger objects go in pieces: several at once, and each within the 30 s of a request
+RANGES_AT_ONCE = 32  # of objects of which little is wanted: it is waiting that takes the time
+NEAR_BYTES = 1 << 17  # between two ranges of an object, below which both come in one request
+EXPECTED_BYTES = 64 << 20  # that are fetched before they are asked for
 PAUSES = (0.1, 0.5, 2.0)  # seconds before we repeat what obstore does not: creations and deletions
 RETRY: dict[str, Any] | None = None  # obstore's own: 10 times within 3 minutes, pauses growing from 0.1 to 15 s
 
@@ -87,6 +90,14 @@ class RemoteObjects(Objects):
     @in_living_process
     def read_range(self, name: str, offset: int, size: int) -> bytes:
         return self._range(name, offset, size)
+
+    @in_living_process
+    def expect(self, ranges: Sequence[ByteRange]) -> dict[ByteRange, bytes]:
+        wanted: dict[str, list[ByteRange]] = {}
+        for item in _within(EXPECTED_BYTES, ranges):
+            wanted.setdefault(item[0], []).append(item)
+        with ThreadPoolExecutor(RANGES_AT_ONCE) as threads:
+            return {item: data for found in threads.map(self._ranges, wanted.values()) for item, data in found}
 
     @in_living_process
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -211,6 +222,19 @@ class RemoteObjects(Objects):
         check_length(name, offset, size, len(data), self._remedy)
         return data
 
+    def _ranges(self, wanted: Sequence[ByteRange]) -> Sequence[tuple[ByteRange, bytes]]:
+        """Those ranges of one object that came whole, near ones in one request."""
+        import obstore
+        from obstore.exceptions import BaseError
+
+        (name, *_), *_ = wanted
+        starts, sizes = [offset for _, offset, _ in wanted], [size for *_, size in wanted]
+        try:
+            found = obstore.get_ranges(self._client, name, starts=starts, lengths=sizes, coalesce=NEAR_BYTES)
+        except (BaseError, FileNotFoundError):
+            return []
+        return [(item, bytes(data)) for item, data in zip(wanted, found, strict=True) if len(data) == item[2]]
+
     def _verified(self, stored: StoredObject, pieces: Sequence[bytes]) -> bytes:
         data = b"".join(pieces)
         try:
@@ -282,6 +306,16 @@ class RemoteObjects(Objects):
 
     def _missing(self, name: str) -> MissingObjectError:
         return MissingObjectError(f"{name}: expected an object, found none in {self.place}; {self._remedy}")
+
+
+def _within(most: int, ranges: Iterable[ByteRange]) -> Iterator[ByteRange]:
+    """The ranges that are not empty (which cannot be asked for), until they hold `most` bytes."""
+    for name, offset, size in ranges:
+        most -= size
+        if most < 0:
+            return
+        if size:
+            yield name, offset, size
 
 
 def _pieces(stored: StoredObject) -> list[tuple[str, int, int, int]]:

@@ -5,6 +5,7 @@ Every side renders its own conversation; only contents have coordinates: bytes o
 Legend: P prefix tokens, T tokens after the prefix.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +13,12 @@ import numpy as np
 
 from storage_specs.conversation import Place, Rendering, chat_template_digest, render_conversation
 from storage_specs.document import Document
-from storage_specs.encoding import encode
+from storage_specs.encoding import Encoding, encode
 from storage_specs.errors import TokenizerError
 from storage_specs.token_alphabet import backend_of
 from storage_specs.token_table import token_table
 
-__all__ = ["TokenSequence", "chat_template_digest", "render"]
+__all__ = ["TokenSequence", "chat_template_digest", "render", "render_all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +61,46 @@ def render(
 
     Raises ChatTemplateError (chat without a template, or with one that alters contents) and TokenizerError.
     """
+    return render_all(tokenizer, [document], chat_template, chat_template_kwargs, bos_token)[0]
+
+
+def render_all(
+    tokenizer: Any,
+    documents: Sequence[Document],
+    chat_template: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    bos_token: str | None = None,
+) -> list[TokenSequence]:
+    """`render` of every document; their texts are encoded together, on all cores that the tokenizer may use."""
+    if not documents:
+        return []
     prefix_P = prefix_ids(tokenizer, bos_token)
-    if document.kind == "chat":
-        rendering = render_conversation(tokenizer, document, chat_template, chat_template_kwargs)
-    else:
-        places = [
-            Place(segment=n, start=message.byte_start, end=message.byte_end, text_start=message.byte_start)
-            for n, message in enumerate(document.messages)
-        ]
-        rendering = Rendering(text=document.text, places=tuple(places))
-    encoding = encode(tokenizer, [rendering.text], add_special_tokens=False)[0]
+    renderings = []
+    for document in documents:
+        if document.kind == "chat":
+            renderings.append(render_conversation(tokenizer, document, chat_template, chat_template_kwargs))
+        else:
+            places = [
+                Place(segment=n, start=message.byte_start, end=message.byte_end, text_start=message.byte_start)
+                for n, message in enumerate(document.messages)
+            ]
+            renderings.append(Rendering(text=document.text, places=tuple(places)))
+    encodings = encode(tokenizer, [rendering.text for rendering in renderings], add_special_tokens=False)
+    return [
+        _framed(tokenizer, document, rendering, encoding, prefix_P, bos_token)
+        for document, rendering, encoding in zip(documents, renderings, encodings, strict=True)
+    ]
+
+
+def _framed(
+    tokenizer: Any,
+    document: Document,
+    rendering: Rendering,
+    encoding: Encoding,
+    prefix_P: np.ndarray,
+    bos_token: str | None,
+) -> TokenSequence:
+    """A rendering's tokens with the prefix in front of them and the end tokens behind messages."""
     ids_T, spans_T2 = encoding.ids, encoding.spans
     if document.kind == "chat":
         repeated = len(prefix_P) and len(ids_T) >= len(prefix_P) and (ids_T[: len(prefix_P)] == prefix_P).all()

@@ -7,12 +7,13 @@ access fetches the parts it needs.
 
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 from storage_specs.checksum import crc32c
-from storage_specs.errors import ChecksumMismatchError, MalformedObjectError, SizeMismatchError
+from storage_specs.errors import ChecksumMismatchError, CorruptCacheError, MalformedObjectError, SizeMismatchError
 from storage_specs.objects import Objects
 from storage_specs.stored_object import StoredObject, remedy_at
 
@@ -92,10 +93,25 @@ class ObjectParts:
     def __init__(self, objects: Objects, stored: Iterable[StoredObject], parts: Mapping[str, Parts]) -> None:
         self._objects = objects
         self._stored = {item.name: item for item in stored}
-        self._parts = parts
-        self._ends = {name: list(accumulate(item.sizes)) for name, item in parts.items()}
-        self._fetched: dict[tuple[str, int, int], memoryview] = {}
+        self._parts = {
+            item.name: parts.get(item.name) or Parts(sizes=(item.size,), crc32c=(item.crc32c,))
+            for item in self._stored.values()
+        }
+        self._ends = {name: list(accumulate(item.sizes)) for name, item in self._parts.items()}
+        self._fetched: dict[str, list[tuple[int, memoryview]]] = {name: [] for name in self._stored}
         self.names: Collection[str] = self._stored.keys()
+
+    def expect(self, likely: Mapping[str, Iterable[range]]) -> None:
+        """Fetch together what will probably be read: runs of parts of objects of several; all other objects whole."""
+        runs = {}
+        for name, ends in self._ends.items():
+            for run in [range(len(ends))] if ends[-1] <= SMALL else likely.get(name, [range(len(ends))]):
+                if run:
+                    begin = ends[run.start - 1] if run.start else 0
+                    runs[name, begin, ends[run.stop - 1] - begin] = run
+        for wanted, data in self._objects.expect(list(runs)).items():
+            with suppress(CorruptCacheError):  # it may have happened on the way, and may not be read at all
+                self._keep(*wanted[:2], data, runs[wanted])
 
     def size(self, name: str) -> int:
         if name not in self._stored:
@@ -104,38 +120,39 @@ class ObjectParts:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> memoryview:
         stop = self.size(name) if stop is None else stop
-        ends = self._ends.get(name, [self.size(name)])
-        first, last = bisect_right(ends, start), bisect_right(ends, max(start, stop - 1))
+        ends = self._ends[name]
         if not 0 <= start <= stop <= ends[-1]:
             raise ValueError(f"{name}: bytes {start} to {stop} of {ends[-1]}")
+        for begin, data in self._fetched[name]:
+            if begin <= start and stop <= begin + len(data):
+                return data[start - begin : stop - begin]
         if ends[-1] <= SMALL:
-            first, last = 0, len(ends) - 1
-        begin = ends[first - 1] if first else 0
-        return self._run(name, begin, first, min(last, len(ends) - 1), ends)[start - begin : stop - begin]
+            run = range(len(ends))
+        else:
+            run = range(bisect_right(ends, start), min(len(ends), bisect_right(ends, max(start, stop - 1)) + 1))
+        begin = ends[run.start - 1] if run.start else 0
+        data = self._keep(name, begin, self._objects.read_range(name, begin, ends[run.stop - 1] - begin), run)
+        return data[start - begin : stop - begin]
 
-    def _run(self, name: str, begin: int, first: int, last: int, ends: list[int]) -> memoryview:
-        """The parts `first` to `last` of an object, in one request."""
-        key = (name, first, last)
-        if key not in self._fetched:
-            data = memoryview(self._objects.read_range(name, begin, ends[last] - begin))
-            stored = self._stored[name]
-            parts = self._parts.get(name) or Parts(sizes=(stored.size,), crc32c=(stored.crc32c,))
-            if len(data) != ends[last] - begin:
-                raise SizeMismatchError(
-                    f"{name}: expected {ends[last] - begin} bytes from byte {begin}, found {len(data)}; "
-                    f"{remedy_at(self._objects.place)}"
+    def _keep(self, name: str, begin: int, fetched: bytes, run: range) -> memoryview:
+        """Bytes from `begin` on, verified as these parts. Raises SizeMismatchError, ChecksumMismatchError."""
+        data, parts, place = memoryview(fetched), self._parts[name], 0
+        size = sum(parts.sizes[run.start : run.stop])
+        if len(data) != size:
+            raise SizeMismatchError(
+                f"{name}: expected {size} bytes from byte {begin}, found {len(data)}; {remedy_at(self._objects.place)}"
+            )
+        for part in run:
+            end = place + parts.sizes[part]
+            found = crc32c(data[place:end])
+            if found != parts.crc32c[part]:
+                raise ChecksumMismatchError(
+                    f"{name}, bytes {begin + place} to {begin + end}: expected crc32c {parts.crc32c[part]:08x}, "
+                    f"found {found:08x}; {remedy_at(self._objects.place)}"
                 )
-            place = 0
-            for size, expected in zip(parts.sizes[first : last + 1], parts.crc32c[first : last + 1], strict=True):
-                found = crc32c(data[place : place + size])
-                if found != expected:
-                    raise ChecksumMismatchError(
-                        f"{name}, bytes {begin + place} to {begin + place + size}: expected crc32c {expected:08x}, "
-                        f"found {found:08x}; {remedy_at(self._objects.place)}"
-                    )
-                place += size
-            self._fetched[key] = data
-        return self._fetched[key]
+            place = end
+        self._fetched[name].append((begin, data))
+        return data
 
 
 def _is_pairs(value: Any) -> bool:

@@ -1,10 +1,13 @@
 """The one interface of a shard's bytes: a stored shard <-> {object name: bytes}, by the store's name."""
 
 import importlib
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from storage_specs.shard_bytes import EncodedObject, ShardBytes
 from storage_specs.stored_shard import Selection, ShardArrays, ShardSize, StoredShard
+
+if TYPE_CHECKING:
+    from storage_specs.shard_record import ShardRecord
 
 STORES = {"zarr": "storage_specs.zarr_store", "arrow": "storage_specs.arrow_store"}
 
@@ -25,6 +28,14 @@ class ShardStore(Protocol):
 
     def columns_of(self, name: str, stem: str) -> frozenset[str]:
         """The columns that an object of a shard holds; none for what belongs to all of them."""
+
+    def likely_chunks(
+        self, name: str, stem: str, wanted: ShardArrays, record: "ShardRecord", selection: Selection
+    ) -> range:
+        """Which parts of an object of several parts, the last of which is its index, hold the selected documents.
+
+        A guess by how shards are written: it is made before the index is read.
+        """
 
 
 def shard_store(name: str) -> ShardStore:

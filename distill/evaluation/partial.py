@@ -15,9 +15,10 @@ import numpy as np
 from distill.checkpoint import saving
 from distill.evaluation.answering import Answer
 from distill.scoring import Scores
+from distill.text_files import write_text
 from storage_specs.errors import EvaluationError
 
-__all__ = ["AnswerFile", "kept_scores"]
+__all__ = ["AnswerFile", "kept_figures", "kept_scores"]
 
 
 class AnswerFile:
@@ -77,7 +78,19 @@ def kept_scores(path: Path | None, identity: dict[str, Any], make: Callable[[], 
     return scores
 
 
-def _parsed(path: Path, line: bytes) -> dict[str, Any]:
+def kept_figures(path: Path | None, identity: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """JSON figures in a file, or else made and put there. path None = nothing is kept. Raises as `AnswerFile`."""
+    if path is not None and path.exists():
+        kept = _parsed(path, path.read_text(encoding="utf8"))
+        _check_same(path, kept["identity"], identity)
+        return kept["figures"]
+    figures = make()
+    if path is not None:
+        write_text(path, json.dumps({"identity": identity, "figures": figures}, ensure_ascii=False))
+    return figures
+
+
+def _parsed(path: Path, line: bytes | str) -> dict[str, Any]:
     try:
         return json.loads(line)
     except ValueError as error:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill.checkpoint import saving
+from distill.text_files import write_text
 from storage_specs.errors import EvaluationError
 
 __all__ = ["PERCENT", "Metric", "ModelReport", "Report", "paired_error", "read_report", "write_report"]
@@ -110,15 +110,6 @@ class Report:
 def write_report(path: Path, report: Report) -> None:
     """Write a report as JSON, whole or not at all. Raises StorageFullError, OutputFolderError."""
     write_text(path, json.dumps({"format": FORMAT, "version": VERSION} | asdict(report), ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, its folder too. Raises StorageFullError, OutputFolderError."""
-    with saving(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}")
-        scratch.write_text(text, encoding="utf8")
-        scratch.replace(path)
 
 
 def read_report(path: Path) -> Report:

@@ -3,15 +3,18 @@
 from html import escape
 
 from distill.evaluation.report import Metric, Report
+from distill.evaluation.sheet import sheet_cells, sheet_heads
 from distill.report_format import STYLE, html_table
 
 __all__ = ["as_html", "as_markdown", "as_text", "cells"]
 
 
 def cells(report: Report) -> tuple[list[str], list[list[str]]]:
-    """(column names, a row for every model): its metrics with standard errors, then what its sheet says."""
+    """(column names, rows): a row for every model, its metrics with standard errors; with a sheet, whose figures are
+    many, a column for every model."""
     metrics = report.metric_names()
-    sheet = list(dict.fromkeys(name for model in report.models.values() for name in model.sheet or {}))
+    sheets = {name: sheet_cells(model.sheet) for name, model in report.models.items() if model.sheet is not None}
+    sheet = list(dict.fromkeys(label for one in sheets.values() for label in one))
     units = {name: model.metrics[name].unit for model in report.models.values() for name in model.metrics}
     parameters = any(model.parameters for model in report.models.values())
     columns = ["model", *(["parameters"] if parameters else []), *(f"{m} ({units[m]})" for m in metrics), *sheet]
@@ -19,7 +22,9 @@ def cells(report: Report) -> tuple[list[str], list[list[str]]]:
     for name, model in report.models.items():
         size = [f"{model.parameters:,}" if model.parameters else ""] if parameters else []
         measured = [_figure(model.metrics.get(metric)) for metric in metrics]
-        rows.append([name, *size, *measured, *(_cell((model.sheet or {}).get(column)) for column in sheet)])
+        rows.append([name, *size, *measured, *(sheets.get(name, {}).get(label, "") for label in sheet)])
+    if sheets:
+        columns, *rows = map(list, zip(columns, *rows, strict=True))
     return columns, rows
 
 
@@ -28,7 +33,10 @@ def heads(report: Report) -> list[str]:
     return [
         f"{subject}: " + ", ".join(f"{name} {_cell(value)}" for name, value in facts.items() if value is not None)
         for subject, facts in report.subjects.items()
-    ] + [f"{name}: {note}" for name, model in report.models.items() for note in model.notes]
+    ] + [
+        *(f"{name}: {note}" for name, model in report.models.items() for note in model.notes),
+        *next((sheet_heads(model.sheet) for model in report.models.values() if model.sheet is not None), []),
+    ]
 
 
 def as_text(report: Report) -> str:

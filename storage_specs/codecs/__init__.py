@@ -11,10 +11,12 @@ from storage_specs.errors import ConfigError
 from storage_specs.sketch import log_rank_edges
 
 __all__ = [
+    "BINS",
     "PROFILES",
     "ArraySpec",
     "Codec",
     "RowValues",
+    "SketchCodec",
     "codec_of",
     "default_k",
     "default_parameters",
@@ -32,10 +34,10 @@ def default_k(profile: str) -> int:
     return HEAD if profile == SketchCodec.profile else DEFAULT_K
 
 
-def default_parameters(profile: str, *, k: int, vocab_size: int) -> dict[str, object]:
-    """`parameters` where nobody says. Raises ConfigError for a sketch of k >= vocab_size, which leaves no tail."""
+def default_parameters(profile: str, *, k: int, vocab_size: int, bins: int = BINS) -> dict[str, list[int]]:
+    """`parameters` where nobody says more than the sketch's bins. Raises ConfigError: too many bins for the tail."""
     if profile == SketchCodec.profile:
-        return {"rank_edges": log_rank_edges(k, vocab_size, BINS).tolist()}
+        return {"rank_edges": log_rank_edges(k, vocab_size, bins).tolist()}
     return {}
 
 

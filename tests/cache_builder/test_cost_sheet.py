@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_teacher import make_tiny_teacher, write_corpus
+from tiny_teacher import write_corpus
 
 from cache_builder import cost_sheet
 from cache_builder.build_config import BuildConfig
@@ -18,11 +18,6 @@ from storage_specs.codecs import PROFILES
 from storage_specs.errors import ConfigError
 
 TEXTS = ["Bern is a city. " * 8, "", "日本語 😀", "Aare " * 30]
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Path:
-    return make_tiny_teacher(tmp_path_factory.mktemp("teachers") / "tiny", smollm2_path)
 
 
 @pytest.fixture

@@ -34,20 +34,26 @@ class BruteForce:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.tokenizers: dict[bool, Any] = {}
 
     def cutter(self, with_bos: bool, **values: int) -> Cutter:
         """Gemma's tokenizer puts BOS in front unless its post-processor is lost, SmolLM2's where it is told to."""
-        tokenizer, bos_token = transformers.AutoTokenizer.from_pretrained(self.folder), None
-        if not self.is_gemma and with_bos:
-            bos_token = "<|endoftext|>"
-        if self.is_gemma and not with_bos:
-            tokenizer.backend_tokenizer.post_processor = tokenizers.processors.Sequence([])
+        bos_token = "<|endoftext|>" if with_bos and not self.is_gemma else None
+        tokenizer = self.tokenizer(bare=self.is_gemma and not with_bos)
         return Cutter(tokenizer=tokenizer, chat_template=None, chat_template_kwargs={}, bos_token=bos_token, **values)
+
+    def tokenizer(self, bare: bool) -> Any:
+        """Loaded once each, as Gemma's takes seconds; a bare one puts nothing around a text."""
+        if bare not in self.tokenizers:
+            self.tokenizers[bare] = transformers.AutoTokenizer.from_pretrained(self.folder)
+            if bare:
+                self.tokenizers[bare].backend_tokenizer.post_processor = tokenizers.processors.Sequence([])
+        return self.tokenizers[bare]
 
     def ids(self, text: str, with_bos: bool) -> list[int]:
         """Text between BOS (Gemma's id 2, SmolLM2's 0), where wanted, and EOS."""
         bos = [2 if self.is_gemma else 0] if with_bos else []
-        body = transformers.AutoTokenizer.from_pretrained(self.folder)(text, add_special_tokens=False)["input_ids"]
+        body = self.tokenizer(bare=False)(text, add_special_tokens=False)["input_ids"]
         return [*bos, *body, self.model.config.eos_token_id]
 
     @property

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_teacher import files_of, make_tiny_teacher, write_corpus
+from tiny_teacher import files_of, write_corpus
 
 from cache_builder import shard_worker
 from cache_builder.build_config import BuildConfig
@@ -18,11 +18,6 @@ from storage_specs.verification import verify_cache
 
 OLD = ["Bern is a city.", "one", "two two"]
 NEW = ["three", "Bern lies on the Aare. " * 4, "four"]
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Path:
-    return make_tiny_teacher(tmp_path_factory.mktemp("teachers") / "tiny", smollm2_path)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from building import digests
-from tiny_teacher import VOCABULARY, make_tiny_teacher
+from tiny_teacher import VOCABULARY
 
 from cache_builder.build_config import BuildConfig
 from cache_builder.builder import build
@@ -21,7 +21,7 @@ from cache_builder.engines.transformers_generate import TransformersGenerator, d
 from cache_builder.preparation import prepare
 from cache_builder.shard_worker import ShardWorker
 from storage_specs.errors import CacheMismatchError, ConfigError
-from storage_specs.generated import prompt_of
+from storage_specs.generated import REFUSED, prompt_of
 from storage_specs.reader import open_cache
 from storage_specs.verification import verify_cache
 
@@ -32,11 +32,6 @@ RECORDS = [
     {"prompt": "日本語"},
     {"prompt": "The capital of France is"},
 ]
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Path:
-    return make_tiny_teacher(tmp_path_factory.mktemp("teachers") / "tiny", smollm2_path)
 
 
 @pytest.fixture
@@ -109,11 +104,12 @@ def test_the_cache_holds_prompts_completions_and_settings(config: BuildConfig) -
         about = document.metadata["generation"]
         assert about["sample"] == (number % 2 if number < 6 else number - 4)  # the first prompt comes again as the last
         assert len(document.segment) == about["tokens"] == 9 or about["finish_reason"] != "length"
-    assert len({document.text for document in cache}) == 8
+    kept = [item for item in cache if item.metadata["generation"]["finish_reason"] != REFUSED]  # half a character
+    assert len({document.text for document in kept}) == len(kept) > 3
     assert manifest.corpus["documents"] == manifest.counts["documents"] == 8
     assert manifest.windows["overlap"] == 0
     sampling = {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "n": 2, "seed": 5, "max_tokens": 9, "stop": []}
-    assert manifest.generation == {**sampling, "stop_token_ids": [2], "refused": 0}
+    assert manifest.generation == {**sampling, "stop_token_ids": [2], "refused": 8 - len(kept)}
     assert len(cache.vocabulary.token_bytes) == VOCABULARY
 
 

@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(("store", "seed"), [("zarr", 11), ("arrow", 12)])
 def test_killed_builds_resume_to_the_same_bytes(store: str, seed: int, tmp_path: Path) -> None:
     """A process of its own: a fork of one in which other tests have started threads might hang."""
-    command = [sys.executable, "scripts/nightly_kills.py", "--trials", "10", "--seed", str(seed), "--store", store]
+    command = [sys.executable, "scripts/nightly_kills.py", "--trials=10", f"--seed={seed}", f"--store={store}"]
     done = subprocess.run(
-        [*command, "--output", str(tmp_path / "kills.csv")],
+        [*command, "--teacher=tiny", "--output", str(tmp_path / "kills.csv")],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tiny_teacher import files_of, make_tiny_teacher, write_corpus
+from tiny_teacher import files_of, write_corpus
 
 from cache_builder.main import main
 from storage_specs.command_line import run
@@ -12,10 +12,9 @@ from storage_specs.verification import verify_cache
 
 
 @pytest.fixture(scope="module")
-def caches(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> list[Path]:
+def caches(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> list[Path]:
     """Two caches of one teacher."""
     folder = tmp_path_factory.mktemp("caches")
-    teacher = make_tiny_teacher(folder / "tiny", smollm2_path)
     outputs = []
     for name, texts in (("a", ["one two three", "four"]), ("b", ["five six", "seven"])):
         corpus = write_corpus(folder / f"{name}.jsonl", texts)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_teacher import make_tiny_teacher, write_corpus
+from tiny_teacher import VOCABULARY, write_corpus
 
 from cache_builder.build_config import BuildConfig
 from cache_builder.commands import build as build_command
@@ -18,10 +18,10 @@ from storage_specs.reader import open_cache
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> list[str]:
-    folder = tmp_path_factory.mktemp("sources")
-    teacher = make_tiny_teacher(folder / "tiny", smollm2_path)
-    corpus = write_corpus(folder / "corpus.jsonl", ["one two three", "", "four five six seven"])
+def sources(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> list[str]:
+    corpus = write_corpus(
+        tmp_path_factory.mktemp("sources") / "corpus.jsonl", ["one two three", "", "four five six seven"]
+    )
     return ["--teacher", str(teacher), "--corpus", str(corpus), "--engine", "transformers"]
 
 
@@ -61,7 +61,7 @@ def test_inspect_for_people(cache: Path, capsys: pytest.CaptureFixture[str]) -> 
     for expected in (
         "3 in 2 shards",
         "1 without rows",
-        "top 32 of 49,152",
+        f"top 32 of {VOCABULARY:,}",
         "teacher    tiny, float32",
         "L1 error   mean",
         "steps_low",

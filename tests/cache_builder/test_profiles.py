@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_teacher import VOCABULARY, make_tiny_teacher, write_corpus
+from tiny_teacher import VOCABULARY, write_corpus
 
 from cache_builder.build_config import BuildConfig
 from cache_builder.builder import build
@@ -15,11 +15,6 @@ from storage_specs.errors import ConfigError
 from storage_specs.sketch import bin_masses, expand_sorted
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "Naïve café: 日本語 😀.", "a b c d e f g h i j k l"]
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Path:
-    return make_tiny_teacher(tmp_path_factory.mktemp("teacher"), smollm2_path)
 
 
 def config(folder: Path, teacher: Path, **more: object) -> BuildConfig:

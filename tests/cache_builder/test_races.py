@@ -7,7 +7,7 @@ from threading import Event
 from typing import Any
 
 import pytest
-from tiny_teacher import files_of, make_tiny_teacher, write_corpus
+from tiny_teacher import files_of, write_corpus
 
 from cache_builder.build_config import BuildConfig
 from cache_builder.builder import build
@@ -15,11 +15,6 @@ from cache_builder.engines.transformers import TransformersEngine
 from storage_specs.errors import CacheInUseError, CacheMismatchError, EngineError
 from storage_specs.garbage import collect_garbage
 from storage_specs.verification import verify_cache
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Path:
-    return make_tiny_teacher(tmp_path_factory.mktemp("teachers") / "tiny", smollm2_path)
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from building import digests, records, run_build, start_build, wait_until
-from tiny_teacher import make_tiny_teacher, write_corpus
+from building import digests, records, slow_disk, start_build, wait_until
+from tiny_teacher import write_corpus
 
+from cache_builder.main import main
 from cache_builder.ray_launcher import ray_actors
 from storage_specs.errors import EngineError
 
@@ -17,15 +18,14 @@ SHARDS = 16
 
 
 def test_an_actor_that_is_killed_loses_only_what_it_had_open(
-    tmp_path: Path, smollm2_path: Path, wiki_texts: list[str]
+    tmp_path: Path, teacher: Path, wiki_texts: list[str]
 ) -> None:
-    make_tiny_teacher(tmp_path / "tiny", smollm2_path)
     write_corpus(tmp_path / "corpus.jsonl", [text[:400] for text in wiki_texts[: 2 * SHARDS]])
-    values = {"teacher": tmp_path / "tiny", "corpus": tmp_path / "corpus.jsonl", "engine": "transformers"}
+    values = {"teacher": teacher, "corpus": tmp_path / "corpus.jsonl", "engine": "transformers"}
     flags = [f"--{name}={value}" for name, value in {**values, "documents_per_shard": 2, "max_model_len": 64}.items()]
-    run_build(flags, tmp_path / "alone")
-    output = tmp_path / "cache"
-    process = start_build([*flags, "--launcher=ray", "--data-parallel-size=2"], output)
+    assert main(["build", *flags, "--output", str(tmp_path / "alone")]) == 0
+    output, slow = tmp_path / "cache", slow_disk(tmp_path / "slow", 0.01)
+    process = start_build([*flags, "--launcher=ray", "--data-parallel-size=2"], output, slow)
     wait_until(lambda: len(records(output)) >= 2, process)
     actors = [actor for actor in actors_now() if below(actor, process.pid)]
     assert len(actors) == 2, process.communicate(timeout=60)

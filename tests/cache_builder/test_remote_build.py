@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from object_stores import S3, objects_of
-from tiny_teacher import make_tiny_teacher, write_corpus
+from tiny_teacher import write_corpus
 
 from cache_builder.main import main
 from storage_specs import open_cache
@@ -21,16 +21,16 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path, wiki_texts: list[str]) -> list[str]:
+def flags(tmp_path_factory: pytest.TempPathFactory, teacher: Path, wiki_texts: list[str]) -> list[str]:
     folder = tmp_path_factory.mktemp("remote")
     corpus = write_corpus(folder / "corpus.jsonl", [text[:200] for text in wiki_texts[: 2 * SHARDS]])
-    teacher = make_tiny_teacher(folder / "tiny", smollm2_path)
     more = ["--documents_per_shard", "2", "--max_model_len", "64", "--store", "arrow", "--engine", "transformers"]
     return ["build", "--teacher", str(teacher), "--corpus", str(corpus), *more]
 
 
 def kill(flags: list[str], place: str, s3: S3, records: int, delay: float) -> None:
     """SIGKILL a build `delay` seconds after it has written that many commit records."""
+    s3.proxy.delay_seconds = 0.05  # so that it is still at work, however late we look
     command = [sys.executable, "-m", "cache_builder", *flags, "--output", place]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
@@ -40,6 +40,7 @@ def kill(flags: list[str], place: str, s3: S3, records: int, delay: float) -> No
     time.sleep(delay)
     process.kill()
     assert process.wait() == -signal.SIGKILL
+    s3.proxy.delay_seconds = 0.0
 
 
 def test_killed_builds_resume_to_the_bytes_of_a_folder(

@@ -20,11 +20,6 @@ from storage_specs.verification import verify_cache
 TEXTS = ["Bern is a city. " * 5, "one", "two two", "three", "Bern lies on the Aare. " * 4, "four"]
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Path:
-    return make_tiny_teacher(tmp_path_factory.mktemp("teachers") / "tiny", smollm2_path)
-
-
 @pytest.fixture(params=["zarr", "arrow"])
 def config(request: pytest.FixtureRequest, teacher: Path, tmp_path: Path) -> BuildConfig:
     """A finished cache of unusual settings, which a repair must find out by itself."""

@@ -3,105 +3,136 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from building import children, digests, records, run_build, start_build, wait_until
+from building import ROOT, children, digests, records, slow_disk, start_build, wait_until
 from safetensors.torch import load_file, save_file
-from tiny_teacher import make_tiny_teacher, write_corpus
+from tiny_teacher import write_corpus
 
 from cache_builder.build_config import BuildConfig
 from cache_builder.builder import build
+from cache_builder.main import main
 from cache_builder.replicas import _devices
-from storage_specs.errors import ConfigError
+from storage_specs.errors import ConfigError, EngineError
 from storage_specs.verification import verify_cache
 
 SHARDS = 12
+SYNC_SECONDS = 0.01  # of a slow disk: a third of a second per shard
+
+# argv: three ranges, and a build's command without its range. A process each, at once, in which all is imported.
+JOB_ARRAY = """
+import os, sys
+import zarr, transformers.models.llama.modeling_llama, cache_builder.engines.transformers
+from cache_builder.main import main
+from storage_specs.command_line import run
+processes = []
+for part in sys.argv[1:4]:
+    processes.append(os.fork())
+    if not processes[-1]:
+        run(main, [*sys.argv[4:], "--shard-range", part])
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes))
+"""
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path, wiki_texts: list[str]) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, wiki_texts: list[str]) -> Path:
     folder = tmp_path_factory.mktemp("replicas")
-    make_tiny_teacher(folder / "tiny", smollm2_path)
     write_corpus(folder / "corpus.jsonl", [*(text[:400] for text in wiki_texts[: 2 * SHARDS - 1]), ""])
     return folder
 
 
 @pytest.fixture(scope="module")
-def flags(folder: Path) -> list[str]:
-    values = {"teacher": folder / "tiny", "corpus": folder / "corpus.jsonl", "engine": "transformers"}
+def flags(folder: Path, teacher: Path) -> list[str]:
+    values = {"teacher": teacher, "corpus": folder / "corpus.jsonl", "engine": "transformers"}
     return [f"--{name}={value}" for name, value in {**values, "documents_per_shard": 2, "max_model_len": 64}.items()]
 
 
 @pytest.fixture(scope="module")
 def alone(folder: Path, flags: list[str]) -> dict[str, str]:
     """The digests of a build in one process."""
-    run_build(flags, folder / "alone")
+    assert main(["build", *flags, "--output", str(folder / "alone")]) == 0
     return digests(folder / "alone")
 
 
-def test_two_replicas_write_the_same_bytes(flags: list[str], alone: dict[str, str], tmp_path: Path) -> None:
-    out, err = run_build([*flags, "--data-parallel-size", "2"], tmp_path / "cache")
-    assert f"wrote {SHARDS} shards" in out
-    assert [line.partition(":")[0] for line in err.splitlines()] == [
-        f"shard {shard + 1} of {SHARDS}" for shard in range(SHARDS)
-    ]
-    assert digests(tmp_path / "cache") == alone
+def replicas_of(process: int) -> list[int]:
+    return [child for child, command in children(process).items() if "spawn_main" in command]
 
 
 def test_a_replica_that_is_killed_loses_only_what_it_had_open(
-    flags: list[str], alone: dict[str, str], tmp_path: Path
+    flags: list[str],
+    alone: dict[str, str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output = tmp_path / "cache"
-    process = start_build([*flags, "--data-parallel-size", "2"], output)
-    wait_until(lambda: len(records(output)) >= 3, process)
-    replicas = [child for child, command in children(process.pid).items() if "spawn_main" in command]
-    assert len(replicas) == 2
-    os.kill(replicas[0], signal.SIGKILL)
-    _, err = process.communicate(timeout=400)
-    assert process.returncode == 0, err
-    assert "worker 0 is lost, others go on: replica 0 died with exit code -9" in err
+    for name, value in slow_disk(tmp_path / "slow", SYNC_SECONDS).items():
+        monkeypatch.setenv(name, value)
+
+    def kill_one() -> int:
+        wait_until(lambda: len(records(output)) >= 3)
+        first, _ = replicas_of(os.getpid())
+        os.kill(first, signal.SIGKILL)
+        return first
+
+    with ThreadPoolExecutor(1) as threads:
+        killed = threads.submit(kill_one)
+        assert main(["build", *flags, "--data-parallel-size", "2", "--output", str(output)]) == 0
+        assert killed.result() not in replicas_of(os.getpid())
+    assert "worker 0 is lost, others go on: replica 0 died with exit code -9" in capfd.readouterr().err
     assert digests(output) == alone
 
 
-def test_ctrl_c_ends_replicas_too_and_the_same_command_resumes(
-    flags: list[str], alone: dict[str, str], tmp_path: Path
+def test_ctrl_c_ends_replicas_too_and_two_of_them_resume_to_the_same_bytes(
+    flags: list[str], alone: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "cache"
-    process = start_build([*flags, "--data-parallel-size", "2"], output)
+    output, two = tmp_path / "cache", [*flags, "--data-parallel-size", "2"]
+    process = start_build(two, output, slow_disk(tmp_path / "slow", SYNC_SECONDS))
     wait_until(lambda: len(records(output)) >= 2, process)
-    inside = [child for child, command in children(process.pid).items() if "spawn_main" in command]
+    inside = replicas_of(process.pid)
     for one in (process.pid, *inside):  # a terminal sends it to all of them
         os.kill(one, signal.SIGINT)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 130, err
     assert "Traceback" not in err
+    assert len(inside) == 2
     assert not any(Path(f"/proc/{child}").exists() for child in inside)
     kept = records(output)
     assert 2 <= len(kept) < SHARDS
-    out, _ = run_build([*flags, "--data-parallel-size", "2"], output)
-    assert f"wrote {SHARDS - len(kept)} shards" in out
+    left = SHARDS - len(kept)
+    assert main(["build", *two, "--output", str(output)]) == 0
+    told = capfd.readouterr()
+    assert f"wrote {left} shards" in told.out
+    assert [line.partition(":")[0] for line in told.err.splitlines()] == [
+        f"shard {shard + 1} of {SHARDS}" for shard in range(len(kept), SHARDS)
+    ]
     assert digests(output) == alone
 
 
-def test_an_error_in_every_replica_is_one_typed_line(folder: Path, flags: list[str], tmp_path: Path) -> None:
-    shutil.copytree(folder / "tiny", tmp_path / "tiny")
+def test_an_error_in_every_replica_is_one_typed_error(
+    teacher: Path, flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(teacher, tmp_path / "tiny")
     weights = load_file(tmp_path / "tiny" / "model.safetensors")
     weights["model.norm.weight"] *= float("nan")
     save_file(weights, tmp_path / "tiny" / "model.safetensors", {"format": "pt"})
-    broken = [*flags, f"--teacher={tmp_path / 'tiny'}", "--data-parallel-size=2"]
-    _, err = run_build(broken, tmp_path / "cache", code=2)
-    assert "Traceback" not in err
-    assert err.splitlines()[-1].startswith("error: the teacher returned log-probabilities that are not finite")
+    broken = ["build", *flags, f"--teacher={tmp_path / 'tiny'}", "--data-parallel-size=2"]
+    with pytest.raises(EngineError, match="the teacher returned log-probabilities that are not finite"):
+        main([*broken, f"--output={tmp_path / 'cache'}"])
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_ranges_are_built_apart_and_the_last_writes_the_manifest(
-    folder: Path, alone: dict[str, str], tmp_path: Path
+    folder: Path, teacher: Path, alone: dict[str, str], tmp_path: Path
 ) -> None:
     def build_range(first: int, end: int | None) -> tuple[int, int, bool]:
         report = build(
             BuildConfig(
-                teacher=str(folder / "tiny"),
+                teacher=str(teacher),
                 corpus=str(folder / "corpus.jsonl"),
                 output=tmp_path / "cache",
                 engine="transformers",
@@ -120,20 +151,24 @@ def test_ranges_are_built_apart_and_the_last_writes_the_manifest(
     assert digests(tmp_path / "cache") == alone
 
 
-def test_ranges_say_what_is_missing_and_are_checked(flags: list[str], tmp_path: Path) -> None:
-    out, _ = run_build([*flags, "--shard-range", "11:"], tmp_path / "cache")
-    assert "11 shards of other ranges are missing" in out
+def test_ranges_say_what_is_missing_and_are_checked(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["build", *flags, "--output", str(tmp_path / "cache")]
+    assert main([*command, "--shard-range", "11:"]) == 0
+    assert "11 shards of other ranges are missing" in capsys.readouterr().out
     for wrong in ("5", "5:5", "-1:3", "a:b"):
-        _, err = run_build([*flags, f"--shard-range={wrong}"], tmp_path / "cache", code=2)
-        assert "shard_range" in err
+        with pytest.raises(ConfigError, match="shard_range"):
+            main([*command, f"--shard-range={wrong}"])
 
 
 def test_a_job_array_on_one_folder(flags: list[str], alone: dict[str, str], tmp_path: Path) -> None:
     """Three processes at once, two of them with overlapping ranges."""
     output = tmp_path / "cache"
-    processes = [start_build([*flags, "--shard-range", part], output) for part in ("0:5", "3:8", "8:12")]
-    outs = [process.communicate(timeout=400) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], outs
+    command = [sys.executable, "-c", JOB_ARRAY, "0:5", "3:8", "8:12", "build", *flags, "--output", str(output)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     assert verify_cache(output).ok
     assert digests(output) == alone
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_teacher import make_tiny_teacher, write_corpus
+from tiny_teacher import write_corpus
 
 from cache_builder.build_config import BuildConfig
 from cache_builder.builder import build
@@ -46,9 +46,9 @@ def test_drift_is_the_difference_row_by_row() -> None:
 
 
 @pytest.fixture
-def config(tmp_path: Path, smollm2_path: Path) -> BuildConfig:
+def config(tmp_path: Path, teacher: Path) -> BuildConfig:
     return BuildConfig(
-        teacher=str(make_tiny_teacher(tmp_path / "teacher", smollm2_path)),
+        teacher=str(teacher),
         corpus=str(write_corpus(tmp_path / "corpus.jsonl", ["Bern is a city. " * 4, "The river Aare."])),
         output=tmp_path / "cache",
         engine="transformers",

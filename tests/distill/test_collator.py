@@ -5,9 +5,11 @@ import pytest
 from training import config
 
 from distill import CachedDocuments, DistillationCollator, align
+from distill.comparison import compare
 from distill.trainer import CachedDistillationTrainer  # noqa: F401 (the batch's reader)
+from distill.word_map import NO_WORD, WordMap
 from storage_specs import cut_windows, open_cache, render
-from storage_specs.errors import ConfigError, TokenizerError
+from storage_specs.errors import AlignmentError, ConfigError, TokenizerError
 
 
 @pytest.mark.parametrize("max_length", [24, 200])
@@ -93,3 +95,16 @@ def test_slow_tokenizers_and_caches_without_ids_are_refused(cache_path, smollm2_
         DistillationCollator(ByT5Tokenizer(), config(tmp_path), cache)
     with pytest.raises(ConfigError, match="--k-ids"):
         DistillationCollator(smollm2_tokenizer, config(tmp_path, loss="mapped:1"), cache)
+
+
+def test_a_student_without_one_of_the_teachers_words_is_refused(cache_path, smollm2_tokenizer, tmp_path):
+    """Before any weights are loaded; a loss that needs no words goes on."""
+    cache = open_cache(cache_path)
+    documents = [cache[3], cache[11]]
+    for loss in ("ce:1,mapped:1", "ce:1,hybrid:1"):
+        collator = DistillationCollator(smollm2_tokenizer, config(tmp_path, loss=loss), cache)
+        assert compare(documents, collator).mapped_mass > 0
+        collator.word_map = WordMap(words_U=np.full_like(collator.word_map.words_U, NO_WORD))
+        with pytest.raises(AlignmentError, match="not one of the teacher's likeliest words in 2 documents"):
+            compare(documents, collator)
+    assert compare(documents, DistillationCollator(smollm2_tokenizer, config(tmp_path), cache)).mapped_mass is None

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from distill.disagreement import SharedGroups, different_words, shared_groups, worst_spans
+from distill.review.disagreement import SharedGroups, different_words, shared_groups, worst_spans
 from distill.scoring import Scores, summed
 
 

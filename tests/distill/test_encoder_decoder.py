@@ -102,7 +102,7 @@ def test_rows_stand_where_the_teacher_stood(prompts_path, t5_tokenizer, tmp_path
     compared, rows = [], 0
     for document in documents:
         seen = np.zeros(len(document.segment), dtype=int)
-        for window in inputs.windows(document):
+        for window in inputs.windows([document])[0]:
             index_N, row_N = align(document, window)
             at = np.searchsorted(window.logits_index, index_N)
             content = ~window.is_end[at]

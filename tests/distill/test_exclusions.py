@@ -7,7 +7,7 @@ from training import load_tokenizer, trainer
 
 from distill.checkpoint import RECORD
 from distill.dataset import CachedDocuments
-from distill.exclusions import Exclusions, read_exclusions, write_lines
+from distill.exclusions import Exclusions, read_exclusions
 from distill.held_out import held_out_documents
 from distill.main import main
 from distill.trainer import CachedDistillationTrainer
@@ -43,6 +43,10 @@ def test_no_batch_and_no_evaluation_holds_an_excluded_document(cache_path, stude
     documents.excluded = Exclusions(whole.cache, [document.doc_id for document in held_out])
     with pytest.raises(AlignmentError, match="no held-out"):
         CachedDistillationTrainer(plain.model, plain.args, documents, load_tokenizer(student_path))
+
+
+def write_lines(path, lines):
+    path.write_text("".join(f"{line}\n" for line in lines))
 
 
 def test_another_list_is_another_run(cache_path, student_path, rejected, tmp_path, capsys):

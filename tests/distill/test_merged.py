@@ -101,7 +101,7 @@ def test_a_batch_holds_groups(cache_path, smollm2_tokenizer, tmp_path, max_lengt
     earlier = list(zip(batch["earlier_index_M"].tolist(), batch["earlier_group_M"].tolist(), strict=True))
     assert earlier
     for document in documents:
-        for window in collator.inputs.windows(document):
+        for window in collator.inputs.windows([document])[0]:
             groups = align_groups(document, window)
             for own_first, own_last, first, last in zip(*vars(groups).values(), strict=True):
                 scale = np.exp(document.gold_logprob[first:last].astype(np.float64).sum())

@@ -9,9 +9,10 @@ from html.parser import HTMLParser
 import pytest
 from cache_making import write_cache
 
+from distill.evaluation.report import read_report
 from distill.exclusions import read_exclusions
 from distill.main import main
-from distill.review_sheet import COLUMNS, FORMULA
+from distill.review.sheet import COLUMNS, FORMULA
 from distill.scoring import score, shared_regions, teacher_scores
 from distill.students import load_model, load_tokenizer
 from storage_specs import completion_document, is_held_out, open_cache, text_document
@@ -119,7 +120,7 @@ def test_no_cell_is_a_formula_and_no_text_is_markup(sheet, cache_path):
 
 
 def test_an_interrupted_review_goes_on(sheet, cache_path, student_path, tmp_path, monkeypatch):
-    from distill import review
+    from distill.review import reviewer as review
 
     path, scored, whole = tmp_path / "again.csv", [], review.score
 
@@ -170,6 +171,20 @@ def test_decisions_come_back_as_a_list_for_training(sheet, cache_path, student_p
     flags = ("--split", "all", "--exclude_documents", str(out))
     assert main(command(cache_path, student_path, second, *flags)) == 0
     assert {row["doc_id"] for row in rows} - {row["doc_id"] for row in read(second)} == set(read_exclusions(out))
+
+
+def test_an_excluded_document_is_not_evaluated_on(cache_path, student_path, tmp_path):
+    held_out = [document.doc_id for document in open_cache(cache_path) if is_held_out(document.doc_id)]
+    reports = {}
+    for name, excluded in (("all", []), ("without", held_out[:1])):
+        (tmp_path / name).write_text("".join(f"{doc_id}\n" for doc_id in excluded))
+        flags = ["--exclude_documents", str(tmp_path / name), "--output_file", str(tmp_path / f"{name}.json")]
+        model = ["--model", f"tiny={student_path}", "--max_length", "256"]
+        assert main(["evaluate", "--cache", str(cache_path), *model, *flags]) == 0
+        reports[name] = read_report(tmp_path / f"{name}.json").subjects["cache"]
+    assert reports["all"]["documents"] - reports["without"]["documents"] == 1
+    assert reports["all"]["exclude_documents"] is None
+    assert reports["without"]["exclude_documents"].startswith("1 documents, ")
 
 
 @pytest.mark.parametrize(

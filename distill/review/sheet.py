@@ -13,13 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill.checkpoint import saving
-from distill.review import Place, ReviewedDocument, Words
+from distill.review.reviewer import Place, ReviewedDocument, Words
 from storage_specs.command_line import nearest
 from storage_specs.errors import CacheMismatchError, ConfigError
 from storage_specs.reader import Cache
 
-__all__ = ["COLUMNS", "DECISIONS", "Decision", "exclusion_lines", "read_sheet", "sheet_rows", "write_sheet"]
+__all__ = ["COLUMNS", "DECISIONS", "Decision", "exclusion_lines", "read_sheet", "sheet_rows"]
 
 DECISIONS = ("accept", "reject")
 COLUMNS = (
@@ -117,15 +116,6 @@ def _text(text: str) -> str:
     """A text cell that no spreadsheet calculates."""
     text = visible(text)
     return f"'{text}" if FORMULA.match(text) else text
-
-
-def write_sheet(path: Path, text: str) -> None:
-    """Write a sheet's text atomically, newlines as they are. Raises StorageFullError, OutputFolderError."""
-    with saving(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}")
-        scratch.write_text(text, encoding="utf8", newline="")
-        scratch.replace(path)
 
 
 def as_csv(rows: Sequence[dict[str, str]]) -> str:

@@ -35,21 +35,31 @@ class ReviewProgress:
     """
 
     def __init__(self, path: Path, review: dict[str, Any]) -> None:
-        self.path = path
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        head = json.dumps(review, sort_keys=True).encode()
-        self._stretches = [json.loads(line) for line in lines[1:]] if lines[:1] == [head] else []
-        self.done = sum(count for count, *_ in self._stretches)
+        self.path, self.done = path, 0
+        head = json.dumps(review, sort_keys=True).encode() + b"\n"
         with saving(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = lines if self._stretches else [head]
-            path.write_bytes(b"".join(line + b"\n" for line in kept))
+            with path.open("a+b") as file:  # read line by line: a large cache has millions of documents
+                file.seek(0)
+                if file.readline() != head:
+                    file.truncate(0)
+                    file.write(head)
+                    return
+                whole = len(head)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    whole += len(line)
+                    self.done += json.loads(line)[0]
+                file.truncate(whole)
 
     def __iter__(self) -> Iterator[Figures]:
-        """What a former process found."""
-        for _, *found in self._stretches:
-            for values in found:
-                yield Figures(**dict(zip(Figures.__dataclass_fields__, values, strict=True)))
+        """Of all documents noted so far."""
+        with self.path.open("rb") as file:
+            file.readline()
+            for line in file:
+                for values in json.loads(line)[1:]:
+                    yield Figures(**dict(zip(Figures.__dataclass_fields__, values, strict=True)))
 
     def add(self, documents: int, found: list[Figures]) -> None:
         """Note a stretch of so many documents; found: of those that can be compared."""

@@ -8,15 +8,19 @@ import io
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distill.evaluation.report import PERCENT, Metric
 from storage_specs.command_line import nearest
 from storage_specs.errors import ConfigError
 
-__all__ = ["LmEvalTasks"]
+__all__ = ["LmEvalTasks", "lm_eval_metrics"]
+
+SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")  # of right answers, 0 to 1 in lm-eval
 
 
 class LmEvalTasks:
@@ -57,17 +61,25 @@ class LmEvalTasks:
                     "your own are read from --lm_eval_include_path"
                 )
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What is measured, and by which lm-eval."""
+        return {
+            "version": version("lm_eval"),
+            "tasks": ",".join(self.tasks),
+            "limit": self.limit,
+            "num_fewshot": self.num_fewshot,
+        }
+
     def evaluate(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 8, max_length: int
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 8
     ) -> dict[str, dict[str, Any]]:
         """{task: {"metrics": {metric: {"value", "stderr" (None where lm-eval gives none), "higher_is_better"}},
         "documents", "num_fewshot", "version"}}; a metric behind a filter is called `metric,filter`. Groups stand beside
         their tasks. Raises ConfigError where lm-eval cannot load or run a task (its data, say)."""
-        return figures_of(self.raw(model, tokenizer, batch_size=batch_size, max_length=max_length))
+        return figures_of(self.raw(model, tokenizer, batch_size=batch_size))
 
-    def raw(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 8, max_length: int
-    ) -> dict[str, Any]:
+    def raw(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 8) -> dict[str, Any]:
         """What `lm_eval.simple_evaluate` returns, its samples included."""
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -75,7 +87,7 @@ class LmEvalTasks:
         with _quiet():
             try:
                 return lm_eval.simple_evaluate(
-                    HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length),
+                    HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
                     tasks=self.tasks,
                     task_manager=self._manager,
                     num_fewshot=self.num_fewshot,
@@ -112,6 +124,22 @@ def _metrics(values: dict[str, Any], better: dict[str, bool]) -> dict[str, dict[
             "stderr": stderr if isinstance(stderr, int | float) else None,
             "higher_is_better": better.get(metric),
         }
+    return found
+
+
+def lm_eval_metrics(figures: dict[str, dict[str, Any]]) -> dict[str, Metric]:
+    """{`task/metric`: as a report holds it}: shares of right answers in percent, all else as lm-eval gives it."""
+    found = {}
+    for task, facts in figures.items():
+        for name, metric in facts["metrics"].items():
+            percent = name.partition(",")[0] in SHARES
+            scale, stderr = 100 if percent else 1, metric["stderr"]
+            found[f"{task}/{name}"] = Metric(
+                value=float(metric["value"]) * scale,
+                standard_error=None if stderr is None else stderr * scale,
+                unit=PERCENT if percent else "lm-eval",
+                higher_is_better=metric["higher_is_better"] is not False,
+            )
     return found
 
 

@@ -8,8 +8,8 @@ import json
 from collections.abc import Sequence
 from html import escape
 
-from distill.review import Place, ReviewedDocument
-from distill.review_sheet import COLUMNS, DECISIONS, shown_text, visible, words_text
+from distill.review.reviewer import Place, ReviewedDocument
+from distill.review.sheet import COLUMNS, DECISIONS, shown_text, visible, words_text
 
 __all__ = ["as_page"]
 

@@ -16,22 +16,22 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-from distill.students import is_adapter, load_model, load_tokenizer
+from distill.students import is_adapter, load_model, load_tokenizer, model_folder
 from storage_specs.errors import ConfigError
+from storage_specs.model_identity import WEIGHT_PATTERNS
 
 __all__ = ["InferenceFigures", "InferenceSettings", "Spread", "machine", "measure_apart", "measured"]
 
 WARM_UP = 2
-WEIGHTS = ("*.safetensors", "*.bin")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,13 @@ def measure_apart(path: str, settings: InferenceSettings) -> InferenceFigures:
     """Measure one model in a new process, which ends with it. Raises ConfigError where it cannot be loaded or run."""
     # spawn: a forked child would hold the parent's memory, and cannot use a GPU that the parent used.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(_measured_alone, path, settings, torch.get_num_threads()).result()
+        try:
+            return process.submit(_measured_alone, path, settings, torch.get_num_threads()).result()
+        except BrokenProcessPool:
+            raise ConfigError(
+                f"the process that measured {path} was killed, as one is that needs more memory than there is: measure "
+                "fewer or shorter texts at a time, or a smaller model"
+            ) from None
 
 
 def _measured_alone(path: str, settings: InferenceSettings, threads: int) -> InferenceFigures:
@@ -223,13 +229,11 @@ def weights_bytes(path: str) -> int:
 
         base = peft.PeftConfig.from_pretrained(path).base_model_name_or_path
         return weights_bytes(base) + sum(file.stat().st_size for file in Path(path).glob("adapter_model.*"))
-    folder = Path(path)
-    if not folder.is_dir():
-        folder = Path(transformers.utils.cached_file(path, "config.json")).parent
-    for pattern in WEIGHTS:  # a folder of both formats is loaded from the first
-        if sizes := [file.stat().st_size for file in folder.glob(pattern) if file.name != "training_args.bin"]:
-            return sum(sizes)
-    raise ConfigError(f"the model {path} has no weight files ({', '.join(WEIGHTS)}) in {folder}")
+    folder = model_folder(path)
+    files = next(filter(None, (list(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS)), [])
+    if not files:
+        raise ConfigError(f"the model {path} has no weight files ({', '.join(WEIGHT_PATTERNS)}) in {folder}")
+    return sum(file.stat().st_size for file in files)
 
 
 def machine() -> dict[str, Any]:

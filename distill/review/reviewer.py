@@ -18,11 +18,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.alignment import align
-from distill.disagreement import Span, different_words, shared_groups, worst_spans
 from distill.encoder_decoder import decoder_start_of
 from distill.exclusions import Exclusions
 from distill.head import picked_logits
-from distill.review_progress import Figures, ReviewProgress
+from distill.review.disagreement import Span, different_words, shared_groups, worst_spans
+from distill.review.progress import Figures, ReviewProgress
 from distill.scoring import Scores, score, teacher_scores
 from distill.student_inputs import StudentInputs
 from distill.word_map import map_words
@@ -142,7 +142,7 @@ class Reviewer:
         words, apart = self._words(document, spans)
         return ReviewedDocument(
             figures=figures,
-            doc_id=self.cache.doc_ids[figures.number],
+            doc_id=document.doc_id,
             held_out=bool(self.cache.held_out_D[figures.number]),
             kind=document.kind,
             messages=tuple((m.role, document.content(number)) for number, m in enumerate(document.messages)),
@@ -156,7 +156,7 @@ class Reviewer:
     ) -> tuple[dict[int, tuple[Words, Words]], float | None]:
         """{span: (student's, teacher's likeliest words where it begins)}, and the mean of `different_words`."""
         apart, found = [], {}
-        for window in self.inputs.windows(document):
+        for window in self.inputs.windows([document])[0]:
             index_N, row_N = align(document, window)
             if not len(row_N):
                 continue
