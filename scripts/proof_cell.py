@@ -35,7 +35,7 @@ from storage_specs.reader import Cache, open_cache
 
 MEASURED = (
     *("loss", "align", "mapping", "rows", "steps", "batch", "max_length", "train_documents", "tokens", "train_seconds"),
-    *("seconds", "train_ce", "compared_student", "validation_bits_per_byte", "bits_per_byte"),
+    *("train_ce", "compared_student", "seconds", "validation_bits_per_byte", "bits_per_byte"),
     *("teacher_bits_per_byte", "untrained_bits_per_byte", "test_documents", "test_bytes", "metric", "score"),
     *("teacher_score", "untrained_score", "other_scores", "bytes_per_row", "cache_id", "machine", "version", "torch"),
     *("transformers", "python", "date"),

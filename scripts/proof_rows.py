@@ -19,13 +19,16 @@ def read_rows(results: Path) -> list[Row]:
 
 
 def append_row(results: Path, row: dict[str, Any]) -> None:
-    """One line more, in one write; whoever else appends waits."""
+    """One line more, in one write; whoever else appends waits. Raises ValueError for a file of other columns."""
     results.parent.mkdir(parents=True, exist_ok=True)
     with results.open("a+", encoding="utf8", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         text = file.read()
-        writer = csv.DictWriter(file, list(row))
+        names = next(csv.reader(text.splitlines()), list(row))
+        if set(names) != set(row):
+            raise ValueError(f"{results} has other columns ({set(names) ^ set(row)}): give another --results")
+        writer = csv.DictWriter(file, names)
         if not text:
             writer.writeheader()
         elif not text.endswith("\n"):  # a torn line
