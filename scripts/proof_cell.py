@@ -7,13 +7,14 @@ maps, and what the teacher and the untrained student score on the same documents
 import gc
 import hashlib
 import math
+import pickle
 import platform
 import tempfile
 import time
 import tomllib
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache as cached
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,13 @@ class Laboratory:
         return proof_tasks.documents(task, "validation", count), proof_tasks.documents(task, "test", count)
 
     def _baseline(self, task: str, student: str) -> "Baseline":
-        return Baseline(self, task, student)
+        path = self.stages.folder / "baselines" / f"{task}-{student}-{self.stages.training(task).test}"
+
+        def make(scratch: Path) -> None:
+            (scratch / "scores").write_bytes(pickle.dumps(Baseline.of(self, task, student)))
+
+        self.stages.once(path, make)
+        return pickle.loads((path / "scores").read_bytes())
 
     def _bytes_per_row(self, task: str, answers: str, k_ids: int) -> float:
         return bytes_per_row(self.view(task, answers, k_ids))
@@ -110,22 +117,30 @@ class Laboratory:
         return score(model.eval(), tokenizer, documents, max_length=max_length, batch_size=batch)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Baseline:
     """The teacher and the untrained student on a task's test documents: figures that do not depend on the cell."""
 
-    def __init__(self, laboratory: Laboratory, task: str, student: str) -> None:
+    teacher: list[Scores]
+    untrained: list[Scores]
+    teacher_scores: dict[str, float]
+    untrained_scores: dict[str, float]
+
+    @classmethod
+    def of(cls, laboratory: Laboratory, task: str, student: str) -> "Baseline":
         training = laboratory.stages.training(task)
         _, test = laboratory.measured_on(task)
         untrained, tokenizer = laboratory.student(student), laboratory.student_tokenizer(student)
-        self.untrained = laboratory.scores(untrained, tokenizer, test, training.max_length)
-        self.untrained_scores = proof_tasks.answer_scores(task, untrained, tokenizer, training)
+        of_untrained = laboratory.scores(untrained, tokenizer, test, training.max_length)
+        answers = proof_tasks.answer_scores(task, untrained, tokenizer, training)
         if all(isinstance(document, CachedDocument) for document in test):
-            self.teacher, self.teacher_scores = [teacher_scores(document) for document in test], {}
-            return
-        path = laboratory.stages.teacher_path(task)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(laboratory.device)
-        self.teacher = laboratory.scores(model, laboratory.tokenizer(path), test, 2 * training.max_length)
-        self.teacher_scores = proof_tasks.answer_scores(task, model, laboratory.tokenizer(path), training)
+            of_teacher, teacher_answers = [teacher_scores(document) for document in test], {}
+        else:
+            path = laboratory.stages.teacher_path(task)
+            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(laboratory.device)
+            of_teacher = laboratory.scores(model, laboratory.tokenizer(path), test, 2 * training.max_length)
+            teacher_answers = proof_tasks.answer_scores(task, model, laboratory.tokenizer(path), training)
+        return cls(teacher=of_teacher, untrained=of_untrained, teacher_scores=teacher_answers, untrained_scores=answers)
 
 
 def train_once(laboratory: Laboratory, cell: Cell) -> tuple[transformers.PreTrainedModel, dict[str, Any]]:

@@ -4,6 +4,7 @@
     WORK/SCALE/teachers/TASK        Gemma-3-270M, fine-tuned on a task that a base model cannot do
     WORK/SCALE/corpora/TASK.jsonl   the documents to train on
     WORK/SCALE/caches/TASK-ANSWERS  the teacher's rows (ids of all 64 ranks, of which cells read fewer)
+    WORK/SCALE/baselines/TASK-NAME  what the teacher and the untrained student score on the test documents
 
 Every stage is made by whoever comes first, under a file lock that dies with its process; others wait for it.
 """
@@ -66,9 +67,9 @@ class Stages:
         if name == "smollm2":
             return Path(whole)
         cut, path = self.folder / "students" / "smollm2-10", self.folder / "students" / name
-        self._once(cut, lambda scratch: _replace(cut_student(whole, LAYERS, scratch / "cut"), scratch))
+        self.once(cut, lambda scratch: _replace(cut_student(whole, LAYERS, scratch / "cut"), scratch))
         if name == "smollm2-10-healed":
-            self._once(path, lambda scratch: self._heal(cut, scratch))
+            self.once(path, lambda scratch: self._heal(cut, scratch))
         elif name != "smollm2-10":
             raise ValueError(f"no student {name!r}")
         return path
@@ -94,7 +95,7 @@ class Stages:
         if task == "wikipedia":
             return base
         path = self.folder / "teachers" / task
-        self._once(path, lambda scratch: self._fine_tune(base, task, scratch))
+        self.once(path, lambda scratch: self._fine_tune(base, task, scratch))
         return path
 
     def _fine_tune(self, base: Path, task: str, scratch: Path) -> None:
@@ -163,7 +164,7 @@ class Stages:
 
     # ---- making a thing once
 
-    def _once(self, path: Path, make: Callable[[Path], None]) -> None:
+    def once(self, path: Path, make: Callable[[Path], None]) -> None:
         """`path`, a folder that `make(scratch)` fills and that then appears whole."""
         with self._locked(path):
             if path.exists():
