@@ -164,8 +164,8 @@ def _blocks() -> tuple[Block, ...]:
     ]
     blocks.append(Block(task="wikipedia", student="smollm2-10", arms=OTHER_ARMS))
     blocks += [
-        Block(task=task, student=healed, arms=("ce", "mapped", "uld"), fraction=fraction, tuned=False)
-        for task in ("disfl_qa", "wikipedia")
+        Block(task=task, student=student, arms=("ce", "mapped", "uld"), fraction=fraction, tuned=False)
+        for task, student in (("disfl_qa", healed), ("wikipedia", "smollm2-10"))
         for fraction in (0.25, 0.5)
     ]
     blocks += [

@@ -260,6 +260,11 @@ def test_the_best_rate_of_seed_0_is_the_rate_of_the_others_and_of_what_varies_th
     assert best_rate([wikipedia_cell("ce")], rows) is None
 
 
+def test_every_cell_of_the_grid_can_get_its_rate():
+    tuned = {(one.task, one.student, one.answers, arm) for one in BLOCKS if one.tuned for arm in one.arms}
+    assert {(one.task, one.student, one.answers, arm) for one in BLOCKS for arm in one.arms} == tuned
+
+
 def test_the_table_says_what_is_gained_what_is_lost_and_what_nobody_knows():
     block = BLOCKS[0]
     bits = {"ce": 1.3, "uld": 1.31, "mapped": 1.25, "mapped+likelihood": 1.2995, "uld shuffled": 1.32}
