@@ -7,8 +7,10 @@ the replica with it, after the shard that it is at.
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -23,9 +25,10 @@ PATIENCE = 15.0  # seconds for a replica to leave, its engine's own processes in
 @contextmanager
 def replicas(recipe: Recipe, size: int, gpus: int) -> Iterator["ReplicaPool"]:
     """`size` replicas with `gpus` GPUs each, gone afterwards. Raises ConfigError where there are not enough GPUs."""
-    pool = ReplicaPool(recipe, size, gpus)
+    pool = ReplicaPool(size)
     patience = 0.5
     try:
+        pool.open(recipe, _devices(size, gpus))
         yield pool
         patience = PATIENCE  # they have nothing to do, and leave by themselves; vLLM takes a while
     finally:
@@ -35,20 +38,26 @@ def replicas(recipe: Recipe, size: int, gpus: int) -> Iterator["ReplicaPool"]:
 class ReplicaPool:
     """A `dispatch.Pool` of processes."""
 
-    def __init__(self, recipe: Recipe, size: int, gpus: int) -> None:
+    def __init__(self, size: int) -> None:
         self.size = size
         self.news: list[tuple[int, int | None, Work | Exception]] = []
         self.pipes: dict[Connection, int] = {}
         self.processes: list[Any] = []
+        self.starting = set(range(size))  # they have done nothing, and hold interrupts back
+
+    def open(self, recipe: Recipe, devices_of: list[str | None]) -> None:
+        """Start every replica, with the GPUs that it may see."""
         spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used CUDA or threads is not safe
-        for worker, devices in enumerate(_devices(size, gpus)):
-            ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_replica, args=(theirs, recipe), name=f"replica-{worker}")
-            with _environment(devices):
-                process.start()
-            theirs.close()
-            self.pipes[ours] = worker
-            self.processes.append(process)
+        with _interrupts_held():
+            for worker, devices in enumerate(devices_of):
+                ours, theirs = spawn.Pipe()
+                arguments = (theirs, recipe.of_worker(worker))
+                process = spawn.Process(target=_replica, args=arguments, name=f"replica-{worker}")
+                with _environment(devices):
+                    process.start()
+                theirs.close()
+                self.pipes[ours] = worker
+                self.processes.append(process)
 
     def start(self, worker: int, job: Job) -> None:
         pipe = next((pipe for pipe, number in self.pipes.items() if number == worker), None)
@@ -63,7 +72,9 @@ class ReplicaPool:
             for pipe in wait(list(self.pipes)):
                 worker = self.pipes[pipe]
                 try:
-                    self.news.append((worker, *pipe.recv()))
+                    if (told := pipe.recv()) is not None:
+                        self.news.append((worker, *told))
+                    self.starting.discard(worker)
                 except (EOFError, OSError):
                     del self.pipes[pipe]
                     self.processes[worker].join(PATIENCE)
@@ -73,12 +84,14 @@ class ReplicaPool:
 
     def close(self, patience: float) -> None:
         """End all replicas: those that have not left after `patience` seconds, in the middle of what they do."""
-        for pipe in self.pipes:
+        for pipe, worker in self.pipes.items():
+            if pipe.poll():
+                self.starting.discard(worker)
             pipe.close()
-        for process in self.processes:
+        for worker, process in enumerate(self.processes):
             process.join(patience)
             if process.is_alive():
-                os.kill(process.pid, signal.SIGINT)
+                os.kill(process.pid, signal.SIGTERM if worker in self.starting else signal.SIGINT)
         for process in self.processes:
             process.join(PATIENCE)
             if process.is_alive():
@@ -104,10 +117,12 @@ class _Jobs:
 def _replica(pipe: Connection, recipe: Recipe) -> None:
     """A replica's whole life. Errors travel as exceptions; a lost parent or Ctrl-C end it quietly."""
     try:
-        worker = ShardWorker(recipe)
-        while True:
-            pipe.poll(None)
-            worker.run(_Jobs(pipe), lambda shard, work: pipe.send((shard, work)), Progress(0, 0, 0))
+        pipe.send(None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        with closing(ShardWorker(recipe)) as worker:
+            while True:
+                pipe.poll(None)
+                worker.run(_Jobs(pipe), lambda shard, work: pipe.send((shard, work)), Progress(0, 0, 0))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
     except TeachOnceError as error:
@@ -131,6 +146,30 @@ def _devices(size: int, gpus: int) -> list[str | None]:
             "lower tensor_parallel_size or pipeline_parallel_size"
         )
     return [",".join(names[worker * gpus : (worker + 1) * gpus]) for worker in range(size)]
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until this is left, and in a process that is started inside until that takes it.
+
+    So one that is interrupted while it still imports says nothing of it. The mask is for them, who inherit it; here
+    another thread may be given the signal, for which Python interrupts the main one all the same.
+    """
+    resource_tracker.ensure_running()  # multiprocessing's own process: starting it would let interrupts through
+    came: list[int] = []
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    if in_main:
+        signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if in_main:
+            signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager

@@ -113,6 +113,19 @@ def test_ctrl_c_ends_replicas_too_and_two_of_them_resume_to_the_same_bytes(
     assert digests(output) == alone
 
 
+def test_ctrl_c_before_replicas_have_started(flags: list[str], tmp_path: Path) -> None:
+    """They still import what they need, and must not answer with a traceback each."""
+    process = start_build([*flags, "--data-parallel-size", "2"], tmp_path / "cache")
+    wait_until(lambda: len(replicas_of(process.pid)) == 2, process)
+    inside = replicas_of(process.pid)
+    for one in (process.pid, *inside):
+        os.kill(one, signal.SIGINT)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 130, err
+    assert err.splitlines() == ["interrupted: what was finished is kept; run the same command again to resume"]
+    assert not any(Path(f"/proc/{child}").exists() for child in inside)
+
+
 def test_an_error_in_every_replica_is_one_typed_error(
     teacher: Path, flags: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

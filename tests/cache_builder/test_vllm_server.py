@@ -6,6 +6,7 @@ tolerance. Greedy, because vLLM's and our random numbers differ.
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,18 @@ ENVIRONMENT = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL":
 PATIENCE = 300
 
 
+def free_port() -> int:
+    """Of those that the system gives nobody who asks for any: what other tests start meanwhile gets none of them."""
+    for port in random.Random(os.getpid()).sample(range(20_000, 30_000), 1000):
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
+
+
 @pytest.fixture(scope="module")
 def base_url(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = tmp_path_factory.mktemp("server") / "log"
     flags = {"model": smollm2_path, "served-model-name": "smol", "host": "127.0.0.1", "port": port, "dtype": "float32"}
     flags |= {"max-model-len": 256, "max-logprobs": K, "max-num-seqs": 8}

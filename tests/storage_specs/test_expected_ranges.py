@@ -71,7 +71,7 @@ def test_an_object_store_is_asked_for_all_of_it_at_once(s3: S3, store: str, monk
     with monkeypatch.context() as patch:
         patch.setattr(RemoteObjects, "read_range", None)
         s3.proxy.requests.clear()
-        s3.proxy.most_at_once, s3.proxy.delay_seconds = 0, 0.1
+        s3.proxy.most_at_once, s3.proxy.delay_seconds = 0, 0.5
         assert_stored(documents[7], cache[7])
     assert s3.proxy.count("GET") == s3.proxy.requests.total() == objects - 1  # the record was read before
     assert s3.proxy.most_at_once > min(objects - 1, 20) // 2
