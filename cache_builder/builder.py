@@ -37,7 +37,7 @@ def build(config: BuildConfig) -> BuildReport:
     """Build, resume or confirm the cache at `config.output`, or those of its shards that `config.shard_range` names.
 
     The teacher's weights are loaded only if a shard is missing. Whoever finds all shards there writes the manifest.
-    Raises CorpusError, ConfigError, TokenizerError, ChatTemplateError, EngineError, CacheMismatchError,
+    Raises CorpusError, ConfigError, TokenizerError, ChatTemplateError, EngineError, DriftError, CacheMismatchError,
     CacheInUseError, OutputFolderError, StorageFullError; finished shards are kept.
     """
     started = time.monotonic()
@@ -64,7 +64,8 @@ def build(config: BuildConfig) -> BuildReport:
 
             jobs = ((shard, prepared.members(shard)) for shard in missing)
             if config.launcher == "local" and config.data_parallel_size == 1:
-                ShardWorker(prepared.recipe, prepared.engine, writer).run(jobs, done, progress)
+                with closing(ShardWorker(prepared.recipe, prepared.engine, writer)) as worker:
+                    worker.run(jobs, done, progress)
             elif missing:
                 pool = replicas if config.launcher == "local" else ray_actors
                 size = min(config.data_parallel_size, len(missing))

@@ -1,8 +1,9 @@
 """Scoring and writing at the same time: the engine always has windows queued, and never waits for codec or disk.
 
 Windows of all missing shards are one stream, cut while the engine asks for them, so that the next shard's are queued
-before the last one's rows are back. Finished shards are encoded, checked and written by threads behind it; a shard is
-committed when all its rows are there, as ever, so that an interruption costs the shards that are open.
+before the last one's rows are back. Finished shards are encoded and written behind it by threads, which leave the
+encoding to processes where a GPU is faster than they are (`encoders`); a shard is committed when all its rows are
+there, as ever, so that an interruption costs the shards that are open.
 """
 
 from collections import deque
@@ -18,10 +19,9 @@ from cache_builder.rows import Cutter, cached_document
 from storage_specs.document import CachedDocument, Document
 
 Job = tuple[int, Sequence[Document]]  # a shard's number and its documents
-# One thread encodes about 40,000 rows a second at k = 64, a GPU may score more than 100,000.
 WRITERS = 4
-# Shards not written yet, those being written included; each holds its rows (about 200 MB for half a million, k = 64).
-SHARDS_WAITING = 6
+# Beside those being written; each holds its rows (about 200 MB for half a million, k = 64).
+SHARDS_WAITING = 2
 
 
 @dataclass(kw_only=True)
@@ -122,22 +122,24 @@ def score_shards(
 
 
 class BackgroundWriter:
-    """Writes shards in threads; `put` waits where SHARDS_WAITING of them are not written yet.
+    """Writes shards in `writers` threads; `put` waits where SHARDS_WAITING more than these are not written yet.
 
     write: `CacheWriter.write_shard`. done: called by the caller after each shard, in order. What `write` raises comes
     out of a later `put`, or of the `with` block's end. Left by an exception, it still writes what it was given.
     """
 
-    def __init__(self, write: Callable[[int, list[CachedDocument]], Any], done: Callable[[], None]) -> None:
-        self.write, self.done = write, done
-        self.threads = ThreadPoolExecutor(max_workers=WRITERS, thread_name_prefix="shard-writer")
+    def __init__(
+        self, write: Callable[[int, list[CachedDocument]], Any], done: Callable[[], None], writers: int = WRITERS
+    ) -> None:
+        self.write, self.done, self.most = write, done, writers + SHARDS_WAITING
+        self.threads = ThreadPoolExecutor(max_workers=writers, thread_name_prefix="shard-writer")
         self.waiting: deque[Future[Any]] = deque()
 
     def __enter__(self) -> "BackgroundWriter":
         return self
 
     def put(self, shard: int, documents: list[CachedDocument]) -> None:
-        while self.waiting and (self.waiting[0].done() or len(self.waiting) >= SHARDS_WAITING):
+        while self.waiting and (self.waiting[0].done() or len(self.waiting) >= self.most):
             self._finish()
         self.waiting.append(self.threads.submit(self.write, shard, documents))
 

@@ -75,6 +75,7 @@ def prepare(config: BuildConfig) -> Preparation:
         cutter=cutter,
         sampling=sampling,
         self_check=config.self_check,
+        replicas=config.data_parallel_size,
     )
     prepared = Preparation(documents=documents, engine=engine, recipe=recipe)
     return prepared if config.extend is None else extended(prepared, config.extend, config.documents_per_shard)

@@ -41,7 +41,7 @@ class RayPool:
         resources = {"num_gpus": gpus} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
         shared = ray.put(recipe)
         actor = ray.remote(**resources)(_Actor)
-        self.actors = [actor.remote(shared) for _ in range(size)]
+        self.actors = [actor.remote(shared, number) for number in range(size)]
         self.open: dict[Any, tuple[int, int]] = {}
 
     def start(self, worker: int, job: Job) -> None:
@@ -68,8 +68,8 @@ class RayPool:
 class _Actor:
     """Runs in a process of the cluster."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, number: int) -> None:
+        self.recipe = recipe.of_worker(number)
         self.worker: ShardWorker | None = None
 
     def run(self, job: Job) -> tuple[Work | None, Exception | None]:

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -51,7 +51,8 @@ class ReplicaPool:
         with _interrupts_held():
             for worker, devices in enumerate(devices_of):
                 ours, theirs = spawn.Pipe()
-                process = spawn.Process(target=_replica, args=(theirs, recipe), name=f"replica-{worker}")
+                arguments = (theirs, recipe.of_worker(worker))
+                process = spawn.Process(target=_replica, args=arguments, name=f"replica-{worker}")
                 with _environment(devices):
                     process.start()
                 theirs.close()
@@ -118,10 +119,10 @@ def _replica(pipe: Connection, recipe: Recipe) -> None:
     try:
         pipe.send(None)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        worker = ShardWorker(recipe)
-        while True:
-            pipe.poll(None)
-            worker.run(_Jobs(pipe), lambda shard, work: pipe.send((shard, work)), Progress(0, 0, 0))
+        with closing(ShardWorker(recipe)) as worker:
+            while True:
+                pipe.poll(None)
+                worker.run(_Jobs(pipe), lambda shard, work: pipe.send((shard, work)), Progress(0, 0, 0))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
     except TeachOnceError as error:

@@ -44,6 +44,10 @@ class Sampling:
         return {**asdict(self), "stop": list(self.stop), "stop_token_ids": list(self.stop_token_ids)}
 
     def seed_of(self, prompt_id: str, sample: int) -> int:
-        """The seed of one sample, 0 to 2^63 - 1: the same in every build, whichever worker draws it, in any order."""
+        """The seed of one sample, 0 to 2^63 - 1: the same in every build, whichever worker draws it, in any order.
+
+        The same tokens follow where the logits are the same: to the bit with transformers, while a GPU engine rounds
+        differently from batch to batch, so that a resumed build continues with other samples of the same distribution.
+        """
         digest = hashlib.sha256(canonical_json([self.seed, prompt_id, sample])).digest()
         return int.from_bytes(digest[:8], "little") >> 1

@@ -5,7 +5,7 @@ A build in one process, its replicas and the actors of a Ray cluster all run thi
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from cache_builder.completions import completed
-from cache_builder.engines import make_engine
+from cache_builder.encoders import ShardEncoders, encoder_count
+from cache_builder.engines import gpu_count, make_engine
 from cache_builder.engines.base import Engine, EngineConfig
 from cache_builder.engines.generating import Generation, Generator, Prompt
-from cache_builder.pipeline import BackgroundWriter, Job, OpenShard, finished_shards, windows_of_shard
+from cache_builder.pipeline import WRITERS, BackgroundWriter, Job, OpenShard, finished_shards, windows_of_shard
 from cache_builder.progress import Progress, Work
 from cache_builder.prompts import prompt_ids, prompt_text, turns_of
 from cache_builder.rows import Cutter
@@ -36,7 +37,10 @@ class Recipe:
     """What a worker must know beside its shards' documents; may be pickled. output: the cache's folder.
 
     sampling: in mode generate, where the plan's documents are prompts; None where they are scored as they are.
-    self_check: tokens of its first shard that a worker scores twice (`self_check.check_engine`), 0 for none.
+    self_check: tokens of its first shard that a worker scores twice (`self_check.check_engine`), 0 for none; of several
+    workers the first one does.
+    replicas: workers that may share a machine. encoders: processes that encode a worker's rows, 0 where its own threads
+    do; None: what the machine has cores for, where a GPU scores.
     """
 
     output: str | Path
@@ -47,6 +51,12 @@ class Recipe:
     cutter: Cutter
     sampling: Sampling | None = None
     self_check: int = 0
+    replicas: int = 1
+    encoders: int | None = None
+
+    def of_worker(self, number: int) -> "Recipe":
+        """What one of several workers is told: they run the same teacher, so one of them checks it."""
+        return self if number == 0 else replace(self, self_check=0)
 
     def writer(self) -> CacheWriter:
         """Of the place, which is free or holds the same plan. Raises what `CacheWriter` raises."""
@@ -59,6 +69,7 @@ class ShardWorker:
     def __init__(self, recipe: Recipe, engine: Engine | None = None, writer: CacheWriter | None = None) -> None:
         self.recipe = recipe
         self.engine = engine or make_engine(recipe.engine, recipe.engine_config)
+        self._drift: tuple[dict[str, Any] | None] | None = None
         if writer is not None:
             self.writer = writer
 
@@ -70,24 +81,45 @@ class ShardWorker:
     def run(self, jobs: Iterable[Job], done: Callable[[int, Work], None], progress: Progress) -> None:
         """Score and write every job; `done(shard, work)` after each, in order, once its record stands.
 
-        Raises EngineError, TokenizerError, ChatTemplateError, StorageFullError, OutputFolderError.
+        Raises EngineError, DriftError, TokenizerError, ChatTemplateError, StorageFullError, OutputFolderError.
         """
         written: deque[tuple[int, Work]] = deque()
         jobs = iter(jobs)
         first = next(jobs, None)
         if first is None:
             return
-        write = partial(self.writer.write_shard, drift=self.drift(first))
-        with BackgroundWriter(write, lambda: done(*written.popleft())) as writing:
+        encode = self.encoders  # started while the engine loads
+        write = partial(self.writer.write_shard, drift=self.drift(first), encode=encode)
+        writers = WRITERS if encode is None else encode.size
+        with BackgroundWriter(write, lambda: done(*written.popleft()), writers) as writing:
             for opened, cached in self.finished(chain([first], jobs), progress):
                 written.append((opened.shard, opened.work))
                 writing.put(opened.shard, cached)
 
+    def close(self) -> None:
+        """End the processes that encode."""
+        encoders = self.__dict__.pop("encoders", None)
+        if encoders is not None:
+            encoders.close()
+
+    @cached_property
+    def encoders(self) -> ShardEncoders | None:
+        """The processes that encode; None where the writer's threads do."""
+        size = self.recipe.encoders
+        if size is None:
+            size = encoder_count(self.recipe.replicas) if self.recipe.engine == "vllm" and gpu_count() else 0
+        return ShardEncoders(self.recipe.settings, size) if size else None
+
     def drift(self, first: Job) -> dict[str, Any] | None:
-        """What the engine's rows of its first shard differ by from an independent forward pass. Raises EngineError."""
-        if self.recipe.sampling is not None or self.recipe.engine == "server" or not self.recipe.self_check:
-            return None
-        return check_engine(self.engine, self.recipe.cutter, first[1], self.recipe.self_check)
+        """What the engine's rows of its first shard differ by from an independent forward pass; found out once.
+
+        Raises DriftError, EngineError.
+        """
+        if self.recipe.sampling is None and self.recipe.engine != "server" and self.recipe.self_check:
+            if self._drift is None:
+                self._drift = (check_engine(self.engine, self.recipe.cutter, first[1], self.recipe.self_check),)
+            return self._drift[0]
+        return None
 
     def finished(self, jobs: Iterable[Job], progress: Progress) -> Iterator[tuple[OpenShard, list[CachedDocument]]]:
         """Every job's documents with their rows, scored as they are, or answered where they are prompts; in order."""

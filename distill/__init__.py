@@ -12,6 +12,7 @@ _HOME_OF = {
     "DistillationCollator": "collator",
     "DistillationConfig": "config",
     "EpochBatches": "sampler",
+    "Exclusions": "exclusions",
     "LossMixture": "loss_mixture",
     "TeacherRows": "teacher_rows",
     "WordMap": "word_map",

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from transformers import HfArgumentParser, TrainerCallback
+from transformers import HfArgumentParser, TrainerCallback, set_seed
 
 from distill.checkpoint import begin, last_whole_checkpoint, saving, write_record
 from distill.collator import DistillationCollator
@@ -109,6 +109,7 @@ def train(run: TrainingRun) -> dict[str, Any]:
         raise ConfigError(
             f"max_length is {config.max_length}, but {run.model_name_or_path} reads at most {limit} tokens"
         )
+    set_seed(config.seed)  # Trainer would do it too late for new adapters: ranks, and runs, must draw the same
     model = with_adapters(model, config)
     stop = _StopOnInterrupt()
     trainer = CachedDistillationTrainer(

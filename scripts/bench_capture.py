@@ -6,12 +6,14 @@
 Any model shape with dummy weights, one engine, one process, prompts of random ids. Routes, interleaved in every
 repetition: `prefill` (one token is sampled, nothing kept), `rows` (rows reach the builder as arrays), `disk` (the
 builder's own pipeline: scoring, reduction, transfer, codec, checksum, write and sync to a local disk, manifest),
-`sketch` and `sketch-disk` (the same with 16 tail bins). `flat` and `dicts` are vLLM's own prompt log-probabilities,
-measured on fewer prompts. The head and the reduction alone are in scripts/bench_reduction.py.
+`sketch` and `sketch-disk` (the same with 16 tail bins, and the codec of that profile). `flat` and `dicts` are vLLM's
+own prompt log-probabilities, measured on fewer prompts. The CSV is rewritten after every measurement, so that a time
+limit loses none. The head and the reduction alone are in scripts/bench_reduction.py, the client in bench_client.py.
+
+    python scripts/bench_capture.py --show      # the ratio table of README.md, from the CSV
 """
 
 import argparse
-import csv
 import json
 import shutil
 import subprocess
@@ -24,18 +26,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from result_table import ResultTable, markdown, read_rows
 
+from cache_builder.encoders import ShardEncoders, encoder_count
 from cache_builder.engines.base import EngineConfig
 from cache_builder.engines.vllm import VllmEngine
-from cache_builder.pipeline import BackgroundWriter, score_shards
-from cache_builder.progress import Progress, Work
+from cache_builder.progress import Progress
+from cache_builder.shard_worker import Recipe, ShardWorker
 from storage_specs.document import Document, text_document
 from storage_specs.plan import make_plan
-from storage_specs.settings import DEFAULT_PROFILE
+from storage_specs.settings import DEFAULT_PROFILE, CacheSettings
 from storage_specs.sketch import log_rank_edges
 from storage_specs.vocabulary import Vocabulary
 from storage_specs.windows import Window
-from storage_specs.writer import CacheSettings, CacheWriter
 
 SHAPES = {
     "qwen3-8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
@@ -69,7 +72,17 @@ QWEN3 = {
     "torch_dtype": "bfloat16",
 }
 BINS = 16
-ROUTES = ("prefill", "rows", "disk", "sketch", "sketch-disk", "flat", "dicts")
+NAMES = {
+    "prefill": "prefill only",
+    "dicts": "vLLM's `prompt_logprobs`, dicts",
+    "flat": "vLLM's `prompt_logprobs`, flat",
+    "rows": "ours, rows in memory",
+    "disk": "ours, to disk",
+    "sketch": "ours, rows with tail bins in memory",
+    "sketch-disk": "ours with sketch, to disk",
+}
+ROUTES = ("prefill", "rows", "disk", "sketch-disk", "flat", "dicts")
+ONCE = ("prefill", "flat", "dicts")  # for the first k only
 FEWER_PROMPTS = {"flat": 4, "dicts": 12}  # a share of the prompts: these routes are slow, and only compared
 BYTES_PER_TOKEN = 4
 
@@ -116,13 +129,15 @@ class Bench:
             max_model_len=arguments.length + 1,
             k=max(arguments.k),
             vocab_size=shape["vocab_size"],
-            arguments={"load_format": "dummy"} | dict(_argument(item) for item in arguments.engine),
+            arguments={"load_format": "dummy"} | dict(engine_argument(item) for item in arguments.engine),
         )
         self.engine = VllmEngine(self.config)
         self.engine.load()  # for the largest k: vLLM refuses more later
         self.prompts = RandomPrompts(arguments.prompts, arguments.length, shape["vocab_size"])
         words = [b"%d" % number for number in range(shape["vocab_size"])]
         self.vocabulary = Vocabulary(token_bytes=words, special_roles={})
+        self.settings: dict[tuple[str, int], CacheSettings] = {}
+        self.encoders: dict[tuple[str, int], ShardEncoders] = {}
 
     def seconds(self, route: str, k: int, documents: list[Document]) -> float:
         sketch = route.startswith("sketch")
@@ -150,24 +165,36 @@ class Bench:
         return self._drain(documents, lambda windows: self.engine.stream(windows, lambda *_: None, dicts))
 
     def disk(self, documents: list[Document]) -> float:
-        output = self.folder / "cache"
+        """What a build does from its windows to its manifest; the encoders are there before, as in a build."""
+        output, config = self.folder / "cache", self.engine.config
         shutil.rmtree(output, ignore_errors=True)
+        profile = self.arguments.sketch_profile if config.rank_edges else self.arguments.profile
         settings = CacheSettings(
-            teacher={}, tokenizer={}, chat_template=None, engine=self.engine.describe(), windows={},
-            k=self.engine.config.k, k_ids=16, vocab_size=self.config.vocab_size, store=self.arguments.store,
-            profile=self.arguments.sketch_profile if self.engine.config.rank_edges else self.arguments.profile,
+            teacher={}, tokenizer={}, chat_template=None, engine=self.engine.describe(), windows={}, k=config.k,
+            k_ids=min(16, config.k), vocab_size=config.vocab_size, store=self.arguments.store, profile=profile,
+            parameters={"rank_edges": list(config.rank_edges)} if config.rank_edges else {},
             vocabulary=self.vocabulary,
         )  # fmt: skip
-        plan = make_plan(documents, self.arguments.documents_per_shard)
-        writer = CacheWriter(output, settings, plan)
-        jobs = [(shard, [documents[number] for number in members]) for shard, members in enumerate(plan.shards)]
+        settings = self.settings.setdefault((profile, config.k), settings)
+        recipe = Recipe(
+            output=output, settings=settings, plan=make_plan(documents, self.arguments.documents_per_shard),
+            engine="vllm", engine_config=config, cutter=self.prompts, encoders=self.arguments.encoders,
+        )  # fmt: skip
+        worker = ShardWorker(recipe, self.engine)
+        if self.arguments.encoders:
+            if (profile, config.k) not in self.encoders:
+                self.encoders[profile, config.k] = ShardEncoders(settings, self.arguments.encoders)
+            worker.encoders = self.encoders[profile, config.k]
+        jobs = [(shard, [documents[number] for number in members]) for shard, members in enumerate(recipe.plan.shards)]
         started = time.perf_counter()
-        progress = Progress(0, 0, len(jobs))
-        with progress, BackgroundWriter(writer.write_shard, progress.shard_done) as writing:
-            for shard, cached in score_shards(jobs, self.engine, self.prompts, 16, Work(), progress):
-                writing.put(shard, cached)
-        writer.finalize()
+        worker.run(jobs, lambda *_: None, Progress(0, 0, 0))
+        worker.writer.finalize()
         return time.perf_counter() - started
+
+    def close(self) -> None:
+        for encoders in self.encoders.values():
+            encoders.close()
+        self.engine.close()
 
     def _drain(self, documents: list[Document], score: Callable[[Any], Any]) -> float:
         windows = [window for document in documents for window in self.prompts.windows(document)]
@@ -177,47 +204,55 @@ class Bench:
         return time.perf_counter() - started
 
 
-def _argument(text: str) -> tuple[str, Any]:
+def engine_argument(text: str) -> tuple[str, Any]:
     name, has_value, value = text.partition("=")
     return name, value if has_value else True
 
 
 def measure(bench: Bench, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """One CSV row per route and k, ratios to the prefill of the same repetition."""
+    """One CSV row per route and k, ratios to the prefill of the same repetition; rewritten after every measurement."""
     routes = arguments.routes.split(",")
-    cases = [(route, k) for k in arguments.k for route in routes if route != "prefill" or k == arguments.k[0]]
+    cases = [(route, k) for k in arguments.k for route in routes if route not in ONCE or k == arguments.k[0]]
     few = bench.prompts.documents[: max(1, arguments.prompts // 12)]
-    for route, k in cases:  # compile every kernel, fill every pool
+    for route, k in cases:  # compile every kernel, fill every pool, start every process
         started = time.perf_counter()
         bench.seconds(route, k, few if route not in FEWER_PROMPTS else few[:1])
         print(f"warm: {route} k={k} {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
     speeds: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
+    table, machine, rows = ResultTable(arguments.output), describe_machine(bench), []
     for repeat in range(arguments.repeats):
         for route, k in cases:
-            documents = bench.prompts.documents[: arguments.prompts // FEWER_PROMPTS.get(route, 1)]
+            documents = bench.prompts.documents[: max(1, arguments.prompts // FEWER_PROMPTS.get(route, 1))]
             speed = len(documents) * arguments.length / bench.seconds(route, k, documents)
             speeds[route, k].append(speed)
             print(f"{repeat}: {route} k={k} {speed:,.0f} tok/s", file=sys.stderr, flush=True)
-    prefill = np.array(speeds["prefill", arguments.k[0]])
-    machine = describe_machine(bench)
-    return [
-        {
-            "shape": arguments.shape,
-            "vocabulary": bench.config.vocab_size,
-            "route": route,
-            "k": 0 if route == "prefill" else k,
-            "prompts": arguments.prompts // FEWER_PROMPTS.get(route, 1),
-            "length": arguments.length,
-            "repeats": arguments.repeats,
-            "tok_s_median": round(float(np.median(speed))),
-            "tok_s_min": round(min(speed)),
-            "tok_s_max": round(max(speed)),
-            "ratio_median": round(float(np.median(np.array(speed) / prefill)), 4),
-            "store": arguments.store if "disk" in route else "",
-            **machine,
-        }
-        for (route, k), speed in speeds.items()
-    ]
+            prefill = speeds["prefill", arguments.k[0]]
+            rows = [
+                _row(route, k, found, prefill, arguments) | machine for (route, k), found in speeds.items() if found
+            ]
+            table.write(rows)
+    return rows
+
+
+def _row(
+    route: str, k: int, speeds: list[float], prefill: list[float], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    ratios = [speed / base for speed, base in zip(speeds, prefill, strict=False)]  # the last round may be under way
+    return {
+        "shape": arguments.shape,
+        "vocabulary": arguments.vocabulary or QWEN3["vocab_size"],
+        "route": route,
+        "k": 0 if route == "prefill" else k,
+        "prompts": max(1, arguments.prompts // FEWER_PROMPTS.get(route, 1)),
+        "length": arguments.length,
+        "repeats": len(speeds),
+        "tok_s_median": round(float(np.median(speeds))),
+        "tok_s_min": round(min(speeds)),
+        "tok_s_max": round(max(speeds)),
+        "ratio_median": round(float(np.median(ratios)), 4),
+        "store": arguments.store if "disk" in route else "",
+        "encoders": arguments.encoders if "disk" in route else "",
+    }
 
 
 def describe_machine(bench: Bench) -> dict[str, Any]:
@@ -245,33 +280,45 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-8b")
     parser.add_argument("--vocabulary", type=int, help="instead of the shape's own")
     parser.add_argument("--k", type=int, nargs="+", default=[64])
-    parser.add_argument("--routes", default=",".join(ROUTES), help="comma-separated; prefill must be among them")
+    parser.add_argument("--routes", default=",".join(ROUTES), help=f"comma-separated, of {', '.join(NAMES)}")
     parser.add_argument("--prompts", type=int, default=192)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=4)
-    parser.add_argument("--documents-per-shard", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--documents-per-shard", type=int, default=8)
+    parser.add_argument("--encoders", type=int, default=encoder_count(1), help="processes that encode; 0: threads")
+    parser.add_argument("--show", action="store_true", help="print README.md's table from the CSV, measure nothing")
     parser.add_argument("--store", default="zarr")
     parser.add_argument("--profile", default=DEFAULT_PROFILE)
     parser.add_argument("--sketch-profile", default="sketch")
     parser.add_argument("--engine", nargs="*", default=[], metavar="NAME[=VALUE]", help="vLLM engine arguments")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "capture.csv")
     arguments = parser.parse_args()
+    if arguments.show:
+        print(readme_table(read_rows(arguments.output)))
+        return
+    if "prefill" not in arguments.routes.split(","):
+        parser.error("prefill must be among the routes: all ratios are to it")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(arguments, Path(folder))
         try:
             rows = measure(bench, arguments)
         finally:
-            bench.engine.close()
-    is_new = not arguments.output.exists()
-    with arguments.output.open("a", newline="") as file:
-        table = csv.DictWriter(file, rows[0])
-        if is_new:
-            table.writeheader()
-        table.writerows(rows)
+            bench.close()
     for row in rows:
         print(
             f"{row['route']:12} k={row['k']:<4} {row['tok_s_median']:>9,} tok/s   {row['ratio_median']:.3f} of prefill"
         )
+
+
+def readme_table(rows: list[dict[str, str]]) -> str:
+    """The newest row of every shape, route and k, as a ratio to prefill only."""
+    newest = {(row["shape"], row["vocabulary"], row["route"], row["k"]): row for row in rows}
+    lines = [
+        [row["shape"], f"{int(row['vocabulary']):,}", NAMES[row["route"]], row["k"] if row["k"] != "0" else "",
+         f"{int(row['tok_s_median']):,}", f"{float(row['ratio_median']):.3f}", row["gpu"]]
+        for row in newest.values()
+    ]  # fmt: skip
+    return markdown(["shape", "vocabulary", "route", "k", "tokens/s", "of prefill only", "GPU"], lines)
 
 
 if __name__ == "__main__":

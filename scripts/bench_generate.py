@@ -3,27 +3,41 @@
     python scripts/bench_generate.py --shape qwen3-8b                   # a GPU, dummy weights, about 3 minutes
     python scripts/bench_generate.py --shape tiny --prompts 8 --max_tokens 16 --repeats 2   # CPU build of vLLM
 
-Run from the repository root (PYTHONPATH=. where the package is not installed). "plain" is `LLM.generate` without
-log-probabilities, tokens only, no seeds. "ours" is all that `cache-builder build --mode generate` does after
-tokenising: sampling with a seed per request, rows of every sampled token, documents, codec, checksums, shards on disk.
-Both run in turns after a warm-up of each; a ratio of 1.1 means that ours takes 1.1 times as long. One line per
-arm is printed and appended to scripts/results/generate.csv (--results names another file).
+Run from the repository root (PYTHONPATH=. where the package is not installed). Completions have lengths drawn evenly
+from a third of max_tokens to all of it, so that finished requests give way to others as in a long build. Arms, in turns
+after a warm-up of each:
+
+    plain     vLLM's own requests, tokens only: no log-probabilities, no seeds
+    seeds     the same with a seed per request
+    logprobs  vLLM's own log-probabilities of sampled tokens (`logprobs=k`, flat), our fallback; rows in memory
+    kept      rows that the worker keeps; rows in memory
+    ours      all that `cache-builder build --mode generate` does after tokenising: `kept` with seeds, documents, codec,
+              checksums, shards on disk
+
+A ratio of 1.1 means that an arm takes 1.1 times as long as `plain`. One line per arm goes to
+scripts/results/generate.csv, rewritten after every measurement (--results names another file); `--show` prints
+README.md's table from it.
 """
 
 import argparse
-import csv
 import json
 import platform
 import shutil
 import statistics
+import sys
 import tempfile
 import time
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from bench_capture import BINS, engine_argument
+from result_table import ResultTable, markdown, read_rows
 
+from cache_builder.encoders import ShardEncoders, encoder_count
 from cache_builder.engines.base import EngineConfig
 from cache_builder.engines.generating import Prompt
 from cache_builder.engines.vllm import VllmEngine
@@ -33,6 +47,7 @@ from cache_builder.shard_worker import Recipe, ShardWorker
 from storage_specs.document import Document, Message
 from storage_specs.plan import make_plan
 from storage_specs.settings import CacheSettings
+from storage_specs.sketch import log_rank_edges
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-8b": {
@@ -72,14 +87,21 @@ COMMON = {
     "attention_bias": False,
     "torch_dtype": "bfloat16",
 }
-FIELDS = ("shape", "k", "prompts", "prompt_tokens", "max_tokens", "arm", "median_s", "min_s", "max_s", "tokens_per_s")
-FIELDS += ("ratio", "machine", "vllm", "torch")
+ARMS = {
+    "plain": "plain generation",
+    "seeds": "with a seed per request",
+    "logprobs": "vLLM's `logprobs`, flat, rows in memory",
+    "kept": "ours, rows in memory",
+    "ours": "ours, to disk",
+}
 
 
 class BenchWorker(ShardWorker):
     """A worker whose prompts are random ids and whose words are all one letter: there is no tokenizer."""
 
-    words = property(lambda self: [b"w"] * self.recipe.settings.vocab_size)  # type: ignore[assignment]
+    @cached_property
+    def words(self) -> list[bytes | None]:
+        return [b"w"] * self.recipe.settings.vocab_size
 
     def prompt(self, document: Document, sample: int) -> Prompt:
         number, sampling = int(document.metadata["number"]), self.recipe.sampling
@@ -88,8 +110,12 @@ class BenchWorker(ShardWorker):
             text="",
             turns=None,
             seed=sampling.seed_of(document.doc_id, sample),
-            max_tokens=sampling.max_tokens,
+            max_tokens=length_of(number, sampling.max_tokens),
         )
+
+
+def length_of(number: int, longest: int) -> int:
+    return int(np.random.default_rng([number, longest]).integers(longest // 3, longest + 1))
 
 
 def random_ids(number: int, tokens: int, vocab_size: int) -> np.ndarray:
@@ -106,110 +132,168 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-8b")
     parser.add_argument("--k", type=int, default=64)
-    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--profile", default="compact", help="of the arm ours; sketch keeps tail bins in kept and ours")
+    parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--prompt_tokens", type=int, default=128)
-    parser.add_argument("--max_tokens", type=int, default=192)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seeds", choices=("own", "none"), default="own", help="ours: a seed per request, or none")
-    parser.add_argument("--documents_per_shard", type=int, default=64)
+    parser.add_argument("--max_tokens", type=int, default=288)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--arms", default=",".join(ARMS), help="plain must be among them")
+    parser.add_argument("--documents_per_shard", type=int, default=32)
+    parser.add_argument("--encoders", type=int, default=encoder_count(1), help="processes that encode; 0: threads")
+    parser.add_argument("--engine", nargs="*", default=[], metavar="NAME[=VALUE]", help="vLLM engine arguments")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "generate.csv")
+    parser.add_argument("--show", action="store_true", help="print README.md's table from the CSV, measure nothing")
     given = parser.parse_args()
+    if given.show:
+        print(readme_table(read_rows(given.results)))
+        return
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(given, Path(folder))
-    new = not given.results.exists()
-    given.results.parent.mkdir(parents=True, exist_ok=True)
-    with given.results.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+        bench = Bench(given, Path(folder))
+        try:
+            rows = measure(bench, given)
+        finally:
+            bench.close()
     for row in rows:
         print(f"{row['arm']:<16} {row['median_s']:>8} s  {row['tokens_per_s']:>8} tok/s  ratio {row['ratio']}")
 
 
-def measure(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Both arms, in turns."""
-    from vllm import SamplingParams
+def readme_table(rows: list[dict[str, str]]) -> str:
+    newest = {(row["shape"], row["k"], row["arm"]): row for row in rows}
+    lines = [
+        [row["shape"], row["k"], ARMS.get(row["arm"], row["arm"]), row["tokens_per_s"], row["ratio"], row["machine"]]
+        for row in newest.values()
+    ]
+    return markdown(["shape", "k", "", "tokens/s", "time, to plain", "GPU"], lines)
 
-    shape = COMMON | SHAPES[given.shape]
-    model = folder / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(shape))
-    arguments = {"load_format": "dummy"} | ({} if torch.cuda.is_available() else {"enforce_eager": True})
-    config = EngineConfig(
-        model=str(model),
-        dtype="bfloat16" if torch.cuda.is_available() else "float32",
-        max_model_len=given.prompt_tokens + given.max_tokens + 1,
-        k=given.k,
-        vocab_size=shape["vocab_size"],
-        arguments=arguments,
-    )
-    engine = VllmEngine(config)
-    documents = [prompt_document(number, given.prompt_tokens) for number in range(given.prompts)]
-    sampling = Sampling(max_tokens=given.max_tokens)
-    ids = [random_ids(number, given.prompt_tokens, config.vocab_size).tolist() for number in range(given.prompts)]
-    plain_parameters = SamplingParams(
-        temperature=1.0, max_tokens=given.max_tokens, min_tokens=given.max_tokens, ignore_eos=True, detokenize=False
-    )
 
-    def plain() -> int:
-        prompts = [{"prompt_token_ids": one} for one in ids]
-        outputs = engine.load().generate(prompts, plain_parameters, use_tqdm=False)
+class Bench:
+    """One loaded engine, and the arms; each returns the tokens that it wrote."""
+
+    def __init__(self, given: argparse.Namespace, folder: Path) -> None:
+        self.given, self.output = given, folder / "cache"
+        shape = COMMON | SHAPES[given.shape]
+        model = folder / "model"
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps(shape))
+        on_gpu = torch.cuda.is_available()
+        edges = log_rank_edges(given.k, shape["vocab_size"], BINS).tolist() if given.profile == "sketch" else None
+        self.config = EngineConfig(
+            model=str(model),
+            dtype="bfloat16" if on_gpu else "float32",
+            max_model_len=given.prompt_tokens + given.max_tokens + 1,
+            k=given.k,
+            vocab_size=shape["vocab_size"],
+            rank_edges=None if edges is None else tuple(edges),
+            arguments={"load_format": "dummy"}
+            | ({} if on_gpu else {"enforce_eager": True})
+            | dict(engine_argument(item) for item in given.engine),
+        )
+        self.engine = VllmEngine(self.config)
+        self.sampling = Sampling(max_tokens=given.max_tokens)
+        self.settings = settings(self.config, self.sampling, given.profile)
+        self.documents = [prompt_document(number, given.prompt_tokens) for number in range(given.prompts)]
+        self.recipe = Recipe(
+            output=self.output,
+            settings=self.settings,
+            plan=make_plan(self.documents, given.documents_per_shard),
+            engine="vllm",
+            engine_config=self.config,
+            cutter=None,  # type: ignore[arg-type]
+            sampling=self.sampling,
+            encoders=given.encoders,
+        )
+        self.encoders = ShardEncoders(self.settings, given.encoders) if given.encoders else None
+        worker = self.worker()
+        self.prompts = [worker.prompt(document, 0) for document in self.documents]
+
+    def worker(self) -> BenchWorker:
+        worker = BenchWorker(self.recipe, self.engine)
+        worker.encoders = self.encoders
+        return worker
+
+    def run(self, arm: str) -> int:
+        self.engine.config = replace(self.config, rank_edges=None) if arm == "logprobs" else self.config
+        if arm in ("plain", "seeds"):
+            return self.vllm(seeds=arm == "seeds")
+        return self.ours() if arm == "ours" else self.rows(kept=arm == "kept")
+
+    def vllm(self, *, seeds: bool) -> int:
+        from vllm import SamplingParams
+
+        parameters = [
+            SamplingParams(
+                temperature=1.0, max_tokens=prompt.max_tokens, seed=prompt.seed if seeds else None, detokenize=False
+            )
+            for prompt in self.prompts
+        ]
+        prompts = [{"prompt_token_ids": prompt.ids.tolist()} for prompt in self.prompts]
+        outputs = self.engine.load().generate(prompts, parameters, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
-    def ours() -> int:
-        output = folder / "cache"
-        recipe = Recipe(
-            output=output,
-            settings=settings(config, sampling),
-            plan=make_plan(documents, given.documents_per_shard),
-            engine="vllm",
-            engine_config=config,
-            cutter=None,  # type: ignore[arg-type]
-            sampling=sampling,
-        )
-        worker = BenchWorker(recipe, engine)
-        worker.generator.seeds = given.seeds == "own" and worker.generator.seeds
-        jobs = [(shard, [documents[number] for number in members]) for shard, members in enumerate(recipe.plan.shards)]
+    def rows(self, *, kept: bool) -> int:
+        generator = self.engine.generator(self.sampling, [])
+        generator.kept, generator.seeds = kept, False
+        return sum(len(generation.ids) for generation in generator.generate(iter(self.prompts)))
+
+    def ours(self) -> int:
+        worker, plan = self.worker(), self.recipe.plan
+        jobs = [(shard, [self.documents[number] for number in members]) for shard, members in enumerate(plan.shards)]
         worker.run(jobs, lambda shard, work: None, Progress(0, 0, 0))
         rows = worker.writer.finalize().counts["rows"]
-        shutil.rmtree(output)
+        shutil.rmtree(self.output)
         return rows
 
-    seconds: dict[str, list[float]] = {"plain": [], "ours": []}
-    tokens = {}
+    def close(self) -> None:
+        if self.encoders is not None:
+            self.encoders.close()
+        self.engine.close()
+
+
+def measure(bench: Bench, given: argparse.Namespace) -> list[dict[str, Any]]:
+    """All arms, in turns; the CSV is rewritten after every measurement."""
+    arms = given.arms.split(",")
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    tokens: dict[str, int] = {}
+    table, rows = ResultTable(given.results), []
     for repeat in range(given.repeats + 1):
-        for name, arm in (("plain", plain), ("ours", ours)):
+        for arm in arms:
             started = time.monotonic()
-            tokens[name] = arm()
+            tokens[arm] = bench.run(arm)
+            print(f"{repeat}: {arm} {time.monotonic() - started:.2f} s", file=sys.stderr, flush=True)
             if repeat:  # the first round compiles
-                seconds[name].append(time.monotonic() - started)
-    if tokens["plain"] != tokens["ours"]:
+                seconds[arm].append(time.monotonic() - started)
+                rows = [_row(bench, arm, times, seconds["plain"], tokens) for arm, times in seconds.items() if times]
+                table.write(rows)
+    if len(set(tokens.values())) > 1:
         raise SystemExit(f"the arms did not do the same work: {tokens}")
-    base = statistics.median(seconds["plain"])
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return [
-        {
-            "shape": given.shape,
-            "k": given.k,
-            "prompts": given.prompts,
-            "prompt_tokens": given.prompt_tokens,
-            "max_tokens": given.max_tokens,
-            "arm": name if given.seeds == "own" else f"{name}, no seeds",
-            "median_s": f"{statistics.median(times):.3f}",
-            "min_s": f"{min(times):.3f}",
-            "max_s": f"{max(times):.3f}",
-            "tokens_per_s": f"{tokens[name] / statistics.median(times):.0f}",
-            "ratio": f"{statistics.median(times) / base:.3f}",
-            "machine": machine,
-            "vllm": engine.version,
-            "torch": torch.__version__,
-        }
-        for name, times in seconds.items()
-    ]
+    return rows
 
 
-def settings(config: EngineConfig, sampling: Sampling) -> CacheSettings:
+def _row(bench: Bench, arm: str, times: list[float], plain: list[float], tokens: dict[str, int]) -> dict[str, Any]:
+    given, median = bench.given, statistics.median(times)
+    on_gpu = torch.cuda.is_available()
+    return {
+        "shape": given.shape,
+        "k": given.k,
+        "prompts": given.prompts,
+        "prompt_tokens": given.prompt_tokens,
+        "max_tokens": given.max_tokens,
+        "arm": arm,
+        "median_s": f"{median:.3f}",
+        "min_s": f"{min(times):.3f}",
+        "max_s": f"{max(times):.3f}",
+        "tokens_per_s": f"{tokens[arm] / median:.0f}",
+        "ratio": f"{statistics.median(mine / base for mine, base in zip(times, plain, strict=False)):.3f}",
+        "machine": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
+        "vllm": bench.engine.version,
+        "torch": torch.__version__,
+        "profile": given.profile,
+        "repeats": len(times),
+        "encoders": given.encoders,
+    }
+
+
+def settings(config: EngineConfig, sampling: Sampling, profile: str) -> CacheSettings:
     """What a manifest needs; no ids, so that no vocabulary is."""
     return CacheSettings(
         teacher={"name": "dummy"},
@@ -219,6 +303,8 @@ def settings(config: EngineConfig, sampling: Sampling) -> CacheSettings:
         k=config.k,
         k_ids=0,
         vocab_size=config.vocab_size,
+        profile=profile,
+        parameters={} if config.rank_edges is None else {"rank_edges": list(config.rank_edges)},
         windows={"max_model_len": config.max_model_len, "overlap": 0},
         generation=sampling.to_json(),
     )

@@ -121,7 +121,9 @@ def _rows(task: str) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf8")
     if path.suffix == ".csv":
         return list(csv.DictReader(text.splitlines(keepends=True)))
-    return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
+    return (
+        json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
+    )
 
 
 def _fetch(folder: Path) -> None:

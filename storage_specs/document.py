@@ -22,6 +22,7 @@ KINDS: tuple[Kind, ...] = ("text", "completion", "chat")
 TOOL_ROLES = ("tool", "function", "ipython")
 HELD_OUT_MODULUS = 10
 HELD_OUT_RULE = "crc32c(doc_id) % 10 == 0"
+HELD_OUT_RULE_OF_GENERATED = "crc32c(prompt_id) % 10 == 0"  # so that all samples of a prompt are on one side
 
 
 def canonical_json(value: Any) -> bytes:
@@ -105,7 +106,10 @@ class CachedDocument(Document):
 
 
 def is_held_out(doc_id: str) -> bool:
-    """Whether a document is kept for evaluation and never trained on: crc32c of the ASCII hex id, modulo 10, is 0."""
+    """Whether a document is kept for evaluation and never trained on: crc32c of the ASCII hex id, modulo 10, is 0.
+
+    The id is the one that the plan lists: of a text that the teacher wrote, the id of its prompt.
+    """
     return crc32c(doc_id.encode("ascii")) % HELD_OUT_MODULUS == 0
 
 

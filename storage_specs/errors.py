@@ -29,6 +29,10 @@ class EngineError(TeachOnceError, RuntimeError):
     """A scoring engine is missing, refused its arguments, or returned rows that cannot be right."""
 
 
+class DriftError(TeachOnceError, ValueError):
+    """An engine's rows differ from an independent forward pass by more than rounding."""
+
+
 class NotACacheError(TeachOnceError, FileNotFoundError):
     """There is no cache at this place."""
 

@@ -7,7 +7,7 @@ from typing import Any
 from storage_specs import manifest as manifest_json
 from storage_specs import plan, shard_table, vocabulary_table
 from storage_specs.columns import RowShape
-from storage_specs.document import HELD_OUT_RULE, is_held_out
+from storage_specs.document import HELD_OUT_RULE, HELD_OUT_RULE_OF_GENERATED, is_held_out
 from storage_specs.drift import worst_drift
 from storage_specs.errors import (
     CacheMismatchError,
@@ -107,8 +107,8 @@ def manifest_bytes(
             "corpus": {"digest": planned.corpus_digest, "documents": len(planned.doc_ids)},
             "codec": codec_facts(shape, records),
             "held_out": {
-                "rule": HELD_OUT_RULE,
-                "documents": sum(is_held_out(doc_id) for record in records for doc_id in record.doc_ids),
+                "rule": HELD_OUT_RULE if config["generation"] is None else HELD_OUT_RULE_OF_GENERATED,
+                "documents": sum(is_held_out(planned) for record in records for planned in record.planned_ids),
             },
             "drift": worst_drift(record.drift for record in records),
             "rank_edges": shape.rank_edges and list(shape.rank_edges),

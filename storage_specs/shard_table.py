@@ -147,7 +147,7 @@ def table_to_object(records: Sequence[ShardRecord]) -> bytes:
         columns["text_bytes"].append(sum(record.document_text_bytes))
         columns["document_rows"].append(record.document_rows)
         columns["document_text_bytes"].append(record.document_text_bytes)
-        columns["document_held_out"].append([is_held_out(doc_id) for doc_id in record.doc_ids])
+        columns["document_held_out"].append(list(map(is_held_out, record.planned_ids)))
         columns["end_rows"].append(record.end_rows)
         columns["unscored_bytes"].append(record.unscored_bytes)
         columns["l1_errors"].append(canonical_json(record.l1_errors.to_json()).decode())

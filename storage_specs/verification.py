@@ -148,7 +148,7 @@ class _Check:
             "its corpus is not the plan's": manifest.corpus["digest"] == planned.corpus_digest,
             "its settings are not the plan's": manifest.config_digest == digest_of(config),
             "held-out documents are miscounted": manifest.held_out["documents"] == cache.held_out_D.sum()
-            and list(map(is_held_out, cache.doc_ids)) == cache.held_out_D.tolist(),
+            and list(map(is_held_out, planned.doc_ids)) == cache.held_out_D.tolist(),
         }
         self.problems += [f"{manifest_json.NAME}: {problem}" for problem, good in checks.items() if not good]
         if (

@@ -1,7 +1,7 @@
 """Writing a cache: the plan first, shards in any order, the manifest last. Rerunning resumes what was interrupted."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,8 @@ from storage_specs.vocabulary_table import vocabulary_to_bytes
 
 __all__ = ["CacheSettings", "CacheWriter", "finalize_cache"]
 
+Encode = Callable[[int, Sequence[CachedDocument], CacheSettings, tuple[str, ...]], tuple[ShardRecord, dict[str, bytes]]]
+
 
 class CacheWriter(PlannedCache):
     """Writes the cache of `plan` at `path` (a folder, or the URL of one), or resumes it there. Raises as its base."""
@@ -32,9 +34,14 @@ class CacheWriter(PlannedCache):
         super().__init__(path, settings.config, plan, vocabulary)
 
     def write_shard(
-        self, shard: int, documents: Sequence[CachedDocument], drift: dict[str, Any] | None = None
+        self,
+        shard: int,
+        documents: Sequence[CachedDocument],
+        drift: dict[str, Any] | None = None,
+        encode: Encode | None = None,
     ) -> ShardRecord:
         """Write one shard, its record last. `documents`: those of the plan, in its order. drift: see `ShardRecord`.
+        encode: what does the work of `encoded_shard`, perhaps elsewhere.
 
         Raises InvalidDocumentError before anything is written, ConfigError (no such shard, or a finished cache),
         CacheMismatchError (another build was faster to claim the place), StorageFullError (what was written of the
@@ -42,7 +49,7 @@ class CacheWriter(PlannedCache):
         """
         if not 0 <= shard < len(self.plan.shards):
             raise ConfigError(f"shard {shard} is not in the plan, which has {len(self.plan.shards)}")
-        record, contents = encoded_shard(shard, documents, self.settings, self.plan.doc_ids_of(shard))
+        record, contents = (encode or encoded_shard)(shard, documents, self.settings, self.plan.doc_ids_of(shard))
         record = replace(record, drift=drift)
         self.commit_shard(record, contents)
         return record

@@ -19,10 +19,11 @@ import torch
 import triton
 import triton.language as tl
 
+from cache_builder.engines.reduction import HISTOGRAM_STEPS, group_size
+
 # ruff: noqa: SIM108 (the compiler wants statements, not expressions)
 
-GROUP = 128
-STEPS = 1024  # as declared in `_clear`
+STEPS = HISTOGRAM_STEPS  # as declared in `_clear`
 LONGEST_TAIL = 24.0  # nats below the K-th value that the histogram spans; what lies deeper has no mass
 
 
@@ -288,9 +289,7 @@ def reduce_rows_triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reduction.reduce_rows`. Rows of `logits_BV` may have any stride, words must lie side by side."""
     rows, vocabulary = logits_BV.shape
-    group = GROUP
-    while group > 16 and vocabulary < 4 * k * group:
-        group //= 2
+    group = group_size(vocabulary, k)
     groups, candidates = triton.cdiv(vocabulary, group), 2 * triton.next_power_of_2(k)
     bins = 0 if rank_edges is None else len(rank_edges) - 1
     width = 1 + k + bins

@@ -41,6 +41,7 @@ RESERVED = {
     "skip_tokenizer_init": "on, because prompts are token ids",
     "runner": "generate",
     "worker_extension_cls": "the capture in the worker",
+    "enable_batch_sharded_sampling": "off, because one rank keeps the rows of all requests",
     "data_parallel_size": "1, because one process drives one replica",
 }
 # They place and schedule the work but do not choose the model's arithmetic: a build may resume with others.
@@ -132,6 +133,10 @@ class VllmEngine:
             llm, self._llm = self._llm, None
             llm.llm_engine.engine_core.shutdown()
 
+    @property
+    def is_loaded(self) -> bool:
+        return self._llm is not None
+
     def parameters(self, **changed: Any) -> Any:
         """What every request asks of vLLM, as its `SamplingParams`."""
         from vllm import SamplingParams
@@ -191,6 +196,7 @@ class VllmEngine:
                     enable_prefix_caching=False,
                     skip_tokenizer_init=True,
                     worker_extension_cls=EXTENSION,
+                    **_off("enable_batch_sharded_sampling"),
                     **self.arguments,
                 )
             except Exception as error:  # pydantic, CUDA, memory: all of them mean that the engine did not start
@@ -230,6 +236,13 @@ def _defaults(config: EngineConfig) -> dict[str, Any]:
     if not current_platform.is_cuda_alike():
         return {}
     return {"max_num_batched_tokens": max(8192, config.max_model_len), "gpu_memory_utilization": 0.85}
+
+
+def _off(*names: str) -> dict[str, bool]:
+    """Those of the engine arguments that this vLLM has, switched off."""
+    from vllm import EngineArgs
+
+    return dict.fromkeys(set(names) & EngineArgs.__dataclass_fields__.keys(), False)
 
 
 def captured_scores(rows: Any, window: Window, config: EngineConfig) -> WindowScores:

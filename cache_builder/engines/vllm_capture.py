@@ -1,4 +1,4 @@
-"""The private parts of vLLM that capture needs, all of them: hooks in the worker, and one in the client.
+"""The private parts of vLLM that scoring needs, all of them: hooks in the worker, and one in the client.
 
 vLLM's own prompt log-probabilities keep a top-k of rounded logits; here the worker reduces its logits itself
 (`reduction.reduce_rows`) and puts the rows where vLLM's would be, so that scheduling, chunked prefill, preemption and
@@ -24,12 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from cache_builder.engines.reduction import reduce_rows
+from cache_builder.engines.reduction import bytes_per_row, reduce_rows
+from cache_builder.engines.vllm_sampled import Answer, SampledRows, hook_sampler, release_sampler
 
 KNOWN_VERSIONS = ((0, 26), (0, 32))
 EXTENSION = "cache_builder.engines.vllm_capture.CaptureExtension"
-# Logits that exist at a time, in bytes of float32: beyond what vLLM counted when it sized its key-value cache.
-LOGITS_BYTES = {"cuda": 640 << 20, "cpu": 64 << 20}
+# Of one block of logits and its reduction: beyond what vLLM counted when it sized its key-value cache.
+BLOCK_BYTES = {"cuda": 640 << 20, "cpu": 64 << 20}
 PARAMETERS = {
     "compute_prompt_logprobs": "logits_fn, hidden_states, input_batch, all_token_ids, num_computed_tokens, prompt_lens",
     "_get_prompt_logprobs_dict": "hidden_states, num_scheduled_tokens",
@@ -71,13 +72,35 @@ def keep_arrays() -> None:
 
 
 class CaptureExtension:
-    """Becomes a base class of vLLM's worker; both methods are called in every worker by `collective_rpc`."""
+    """Becomes a base class of vLLM's worker; its methods are called in every worker by `collective_rpc`."""
 
     model_runner: Any
 
+    def capture_sampled(self, k: int, rank_edges: list[int] | None) -> str | None:
+        """Keep rows of sampled tokens from here on. Returns what stands in the way, or None."""
+        from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+
+        if get_tensor_model_parallel_rank() or not get_pp_group().is_last_rank:
+            return None
+        self.sampled_rows = SampledRows(k, None if rank_edges is None else tuple(rank_edges))
+        try:
+            hook_sampler(self.model_runner, self.sampled_rows)
+        except (AttributeError, TypeError) as error:
+            return f"this vLLM's sampler is laid out differently ({error})"
+        return None
+
+    def capture_take(self, names: list[str]) -> list[Answer] | None:
+        """The rows of finished requests; None from a worker that keeps none."""
+        rows = self.__dict__.get("sampled_rows")
+        return None if rows is None else rows.take(names)
+
+    def capture_sampled_stop(self) -> None:
+        release_sampler(self.model_runner)
+        self.__dict__.pop("sampled_rows", None)
+
     def capture_start(self, k: int, rank_edges: list[int] | None, vocab_size: int) -> str | None:
         """Hook the runner. Returns what stands in the way, or None."""
-        from vllm.distributed import get_tensor_model_parallel_rank
+        from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
         keeps = get_tensor_model_parallel_rank() == 0
         capture = Capture(k, None if rank_edges is None else tuple(rank_edges), vocab_size, keeps)
@@ -91,6 +114,8 @@ class CaptureExtension:
                 _hook(runner, "_get_prompt_logprobs_dict", partial(_get_prompt_logprobs_dict, runner, capture))
         except (AttributeError, TypeError) as error:
             return f"this vLLM's worker is laid out differently ({error})"
+        if get_pp_group().is_last_rank:  # the head lives there; all its tensor-parallel ranks compute logits together
+            capture.warm_up(runner)
         return None
 
     def capture_stop(self) -> None:
@@ -106,12 +131,27 @@ class Capture:
     def __init__(self, k: int, rank_edges: tuple[int, ...] | None, vocab_size: int, keeps: bool) -> None:
         self.k, self.rank_edges, self.vocab_size, self.keeps = k, rank_edges, vocab_size, keeps
 
+    def block(self, device: str) -> int:
+        """Rows whose logits exist at a time: BLOCK_BYTES at most, in whole tiles of the head's GEMM where they fit.
+
+        A model that caps its logits makes two copies more of them, tensor parallelism one.
+        """
+        bins = 0 if self.rank_edges is None else len(self.rank_edges) - 1
+        block = max(1, BLOCK_BYTES[device] // bytes_per_row(self.vocab_size, self.k, bins))
+        return block // 128 * 128 or block
+
+    def warm_up(self, runner: Any) -> None:
+        """Compile the kernels for these widths and the head's own dtype and strides, before the first batch waits."""
+        config = runner.model_config
+        hidden_ND = torch.zeros(2, config.get_hidden_size(), dtype=config.dtype, device=runner.device)
+        with torch.inference_mode():
+            self.rows(runner.model.compute_logits, hidden_ND, torch.zeros(2, dtype=torch.int64, device=runner.device))
+
     def rows(
         self, logits_fn: Callable[[torch.Tensor], torch.Tensor], hidden_ND: torch.Tensor, target_N: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(values (N, W) float32, ids (N, K) int32) on the model's device; None on a rank that keeps no rows."""
-        block = max(1, LOGITS_BYTES[hidden_ND.device.type] // (4 * self.vocab_size))
-        block = block // 128 * 128 or block  # whole tiles of the head's GEMM
+        block = self.block(hidden_ND.device.type)
         target_N = target_N.clamp(0, self.vocab_size - 1)  # behind the last token of a prompt lies no token
         parts = []
         for start in range(0, len(hidden_ND), block):

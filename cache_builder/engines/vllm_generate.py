@@ -1,6 +1,8 @@
-"""Mode generate with vLLM: rows of the sampled tokens from the pass that samples them (`logprobs=k`, raw_logprobs).
+"""Mode generate with vLLM: rows of the sampled tokens from the pass that samples them.
 
-Requests are streamed: twice as many as vLLM runs at a time are with it, so that a finished one is replaced at once.
+The worker keeps them (`vllm_sampled`); where its hook does not fit this vLLM they come from the public `logprobs=k`
+with `flat_logprobs`, which costs more and knows no tail bins. Requests are streamed: twice as many as vLLM runs at a
+time are with it, so that a finished one is replaced at once.
 
 Legend: G tokens of a completion, K top-k ranks.
 """
@@ -13,35 +15,33 @@ from typing import Any
 
 import numpy as np
 
-from cache_builder.engines.base import window_scores
+from cache_builder.engines.base import ordered_scores, window_scores
 from cache_builder.engines.generating import Generation, Prompt, StopStrings
 from cache_builder.engines.vllm import VllmEngine
-from cache_builder.engines.vllm_sampled import keep_sampled_rows, rows_of
+from cache_builder.engines.vllm_sampled import SEPARATOR, flat_rows_of, rows_of
 from cache_builder.sampling import Sampling
 from storage_specs.errors import EngineError
 
+TAKEN_AT_ONCE = 32  # finished requests whose rows are fetched together: each time waits for a step to end
+
 
 class VllmGenerator:
-    """Writes with the engine's `LLM`."""
+    """Writes with the engine's `LLM`. `kept`: whether the worker keeps the rows; flat log-probabilities otherwise."""
 
     def __init__(self, engine: VllmEngine, sampling: Sampling, words: list[bytes | None]) -> None:
         self.engine, self.sampling, self.words = engine, sampling, words
         self.seeds = not _seeds_kill()
+        self.kept = engine.flat_reason is None
         self._requests = 0
 
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[Generation]:
-        if self.engine.config.rank_edges is not None:
-            raise EngineError(
-                "the sketch needs all logits, and what vLLM says of sampled tokens has the top k only: choose another "
-                "codec profile, or --engine transformers"
-            )
-        core = self.engine.load().llm_engine
-        problem = keep_sampled_rows()
-        if problem:
-            print(f"vllm {self.engine.version}: rows through flat logprobs, slower: {problem}", file=sys.stderr)
+        llm = self.engine.load()
+        self._keep_rows(llm)
+        core = llm.llm_engine
         most = 2 * core.vllm_config.scheduler_config.max_num_seqs
         source = iter(prompts)
         running: OrderedDict[str, StopStrings] = OrderedDict()
+        ended: dict[str, tuple[Any, str | None]] = {}  # with their text, but without their rows yet
         done: dict[str, Generation] = {}
         try:
             while True:
@@ -49,23 +49,55 @@ class VllmGenerator:
                     name = f"prompt-{self._requests}"
                     self._requests += 1
                     running[name] = StopStrings(self.sampling.stop)
-                    _ask(core.add_request, name, {"prompt_token_ids": prompt.ids.tolist()}, self._parameters(prompt))
+                    request = {"prompt_token_ids": prompt.ids.tolist()}
+                    _ask(core.add_request, name + SEPARATOR, request, self._parameters(prompt))
                 if not running:
                     return
                 for output in _ask(core.step):
-                    stop_reason = self._stopped(output, running) if self.sampling.stop else None
+                    name = output.request_id.removesuffix(SEPARATOR)
+                    stop_reason = self._stopped(output, running[name]) if self.sampling.stop else None
                     if stop_reason is not None:
                         core.abort_request([output.request_id])
                     if output.finished or stop_reason is not None:
-                        done[output.request_id] = self._generation(output.outputs[0], stop_reason)
+                        ended[name] = (output.outputs[0], stop_reason)
+                if ended and (len(ended) >= TAKEN_AT_ONCE or len(ended) + len(done) == len(running)):
+                    done |= self._finished(llm, ended)
+                    ended = {}
                 while running and (name := next(iter(running))) in done:
                     del running[name]
                     yield done.pop(name)
         finally:
-            unfinished = [name for name in running if name not in done]
-            if unfinished:
+            unfinished = [name + SEPARATOR for name in running if name not in done]
+            if self.engine.is_loaded:
                 with suppress(Exception):  # the engine may be what failed
                     core.abort_request(unfinished)
+                    llm.collective_rpc("capture_sampled_stop")
+
+    def _keep_rows(self, llm: Any) -> None:
+        """Let the worker keep the rows of sampled tokens; `kept` says afterwards whether it does."""
+        edges = self.engine.config.rank_edges
+        problem = self.engine.flat_reason or "the worker was not asked to keep them"
+        if self.kept:
+            arguments = (self.engine.config.k, None if edges is None else list(edges))
+            problem = next(filter(None, _ask(llm.collective_rpc, "capture_sampled", None, arguments)), None)
+            self.kept = problem is None
+        if self.kept:
+            return
+        if edges is not None:
+            raise EngineError(
+                "the sketch needs all logits, and vLLM's public log-probabilities have the top k only: "
+                f"{problem}; choose another codec profile, or --engine transformers"
+            )
+        print(f"vllm {self.engine.version}: rows through flat logprobs, slower: {problem}", file=sys.stderr)
+
+    def _finished(self, llm: Any, ended: dict[str, tuple[Any, str | None]]) -> dict[str, Generation]:
+        if not self.kept:
+            return {name: self._generation(output, None, reason) for name, (output, reason) in ended.items()}
+        answers = next(filter(None, _ask(llm.collective_rpc, "capture_take", None, (list(ended),))))
+        return {
+            name: self._generation(output, answer, reason)
+            for (name, (output, reason)), answer in zip(ended.items(), answers, strict=True)
+        }
 
     def _parameters(self, prompt: Prompt) -> Any:
         from vllm import SamplingParams
@@ -79,33 +111,37 @@ class VllmGenerator:
             seed=prompt.seed if self.seeds and sampling.temperature > 0 else None,
             max_tokens=prompt.max_tokens,
             stop_token_ids=list(sampling.stop_token_ids),
-            logprobs=self.engine.config.k,
-            flat_logprobs=True,
+            logprobs=None if self.kept else self.engine.config.k,
+            flat_logprobs=not self.kept,
             detokenize=False,
             output_kind=RequestOutputKind.CUMULATIVE if sampling.stop else RequestOutputKind.FINAL_ONLY,
         )
 
-    def _stopped(self, output: Any, running: dict[str, StopStrings]) -> str | None:
+    def _stopped(self, output: Any, stop: StopStrings) -> str | None:
         """The stop string that has come up in a request, if any; what it wrote before is looked at once."""
-        stop, ids = running[output.request_id], output.outputs[0].token_ids
-        for token in ids[stop.tokens :]:
+        for token in output.outputs[0].token_ids[stop.tokens :]:
             stop.tokens += 1
             reason = None if token in self.sampling.stop_token_ids else stop.found(self.words[token] or b"")
             if reason is not None:
                 return reason
         return None
 
-    def _generation(self, output: Any, stop_reason: str | None) -> Generation:
-        ids_G = np.array(output.token_ids, dtype=np.int64)
+    def _generation(self, output: Any, answer: Any, stop_reason: str | None) -> Generation:
+        ids_G, config = np.array(output.token_ids, dtype=np.int64), self.engine.config
+        k, bins = config.k, 0 if config.rank_edges is None else len(config.rank_edges) - 1
         try:
-            ids, values = rows_of(output.logprobs, self.engine.config.k)
+            if answer is None:
+                ids, values = flat_rows_of(output.logprobs, ids_G, k)
+                scores = window_scores(values[:, 0], values[:, 1:], ids[:, 1:])
+            else:
+                values_GW, ids_GK = rows_of(answer, ids_G, k, bins)
+                tail_GJ = values_GW[:, 1 + k :] if bins else None
+                scores = ordered_scores(values_GW[:, 0], values_GW[:, 1 : 1 + k], ids_GK, tail_GJ)
         except ValueError as error:
-            raise EngineError(f"vLLM's sampled log-probabilities are laid out differently: {error}") from None
-        if ids.shape[0] != len(ids_G) or (ids[:, 0] != ids_G).any():
-            raise EngineError("vLLM's first log-probability of a position is not that of the token that it sampled")
+            raise EngineError(f"vLLM's rows of sampled tokens are laid out differently: {error}") from None
         return Generation(
             ids=ids_G,
-            scores=window_scores(values[:, 0], values[:, 1:], ids[:, 1:]),
+            scores=scores,
             finish_reason="stop" if stop_reason is not None else output.finish_reason,
             ended=stop_reason is None and output.finish_reason == "stop",
             stop_reason=stop_reason,

@@ -57,10 +57,14 @@ def answers(
     """Batch by batch, the longest prompts first. Raises ConfigError (no room for an answer, no chat template)."""
     if not examples:
         return
-    fed = _prompt_ids if not examples[0].choices else _without_ids
-    prompts = sorted(((fed(tokenizer, one, how), one) for one in examples), key=lambda each: -len(each[0]))
+    frames = not model.config.is_encoder_decoder
+    if examples[0].choices:
+        prompts = [(_text(one), one) for one in examples]
+    else:
+        prompts = [(_prompt_ids(tokenizer, one, how, frames), one) for one in examples]
+    prompts.sort(key=lambda each: -len(each[0]))
     give = _picked if examples[0].choices else _written
-    total = sum(len(ids) for ids, _ in prompts) if not examples[0].choices else None
+    total = None if examples[0].choices else sum(len(ids) for ids, _ in prompts)
     with tqdm(total=total, unit="tok", unit_scale=True, desc=label, disable=None) as bar:
         for first in range(0, len(prompts), how.batch_size):
             yield give(model, tokenizer, prompts[first : first + how.batch_size], how, bar)
@@ -74,11 +78,13 @@ def completed(example: Example, answer: str) -> Document:
     return chat_document([*example.prompt, {"role": "assistant", "content": answer}])
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example, how: Answering) -> list[int]:
+def _prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, example: Example, how: Answering, to_be_continued: bool
+) -> list[int]:
     if isinstance(example.prompt, str):
         ids = list(tokenizer(example.prompt).input_ids)
-        # What frames a whole text must not end the answer before it begins.
-        return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+        # What frames a whole text must not end the answer before it begins; an encoder reads a whole text.
+        return ids[:-1] if to_be_continued and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
     if how.chat_template is None and not tokenizer.chat_template:
         raise ConfigError(f"example {example.id} is a chat, but the tokenizer has no template: give --chat_template")
     return tokenizer.apply_chat_template(
@@ -90,8 +96,8 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example, how: Answe
     )
 
 
-def _without_ids(tokenizer: PreTrainedTokenizerBase, example: Example, how: Answering) -> str:
-    """Choices are tokenized together with their prompt, by `score`; only the length counts here."""
+def _text(example: Example) -> str:
+    """Choices are tokenised together with their prompt, by `score`; only the length counts here."""
     return example.prompt if isinstance(example.prompt, str) else "".join(turn["content"] for turn in example.prompt)
 
 
@@ -104,14 +110,20 @@ def _written(
     bar: tqdm,
 ) -> list[Answer]:
     limit = getattr(model.config, "max_position_embeddings", None)
-    room = None if limit is None or model.config.is_encoder_decoder else limit - how.max_new_tokens
-    if room is not None and room < 1:
+    apart = model.config.is_encoder_decoder
+    room = None if limit is None else limit if apart else limit - how.max_new_tokens
+    if limit is not None and how.max_new_tokens >= limit:
         raise ConfigError(f"--max_new_tokens {how.max_new_tokens}: the model reads and writes {limit} tokens in all")
     kept = [ids[-room:] if room is not None else ids for ids, _ in batch]  # the question stands at the end
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     longest = max(map(len, kept))
-    ids_BT = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in kept], device=model.device)
-    mask_BT = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in kept], device=model.device)
+    # What is continued ends where the answer begins; an encoder's positions begin with its text.
+    left = [0 if apart else longest - len(ids) for ids in kept]
+    padded = [[pad] * n + ids + [pad] * (longest - n - len(ids)) for n, ids in zip(left, kept, strict=True)]
+    ids_BT = torch.tensor(padded, device=model.device)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row_T, n, ids in zip(mask_BT, left, kept, strict=True):
+        row_T[n : n + len(ids)] = 1
     settings = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -125,7 +137,7 @@ def _written(
     given_BN = model.generate(
         input_ids=ids_BT, attention_mask=mask_BT, generation_config=settings, tokenizer=tokenizer if how.stop else None
     )
-    new_BN = given_BN if model.config.is_encoder_decoder else given_BN[:, longest:]
+    new_BN = given_BN if apart else given_BN[:, longest:]
     found = []
     for (ids, example), short, new_N in zip(batch, kept, new_BN.tolist(), strict=True):
         text = tokenizer.decode(new_N, skip_special_tokens=True)

@@ -13,7 +13,7 @@ from distill.dataset import CachedDocuments
 from distill.evaluation.answering import Answer, Answering, answers
 from distill.evaluation.bits_per_byte import TEACHER, bits_per_byte, held_out_of
 from distill.evaluation.inference_benchmark import machine, measure_apart
-from distill.evaluation.lm_eval_tasks import LmEvalTasks, lm_eval_metrics
+from distill.evaluation.lm_eval_tasks import LmEvalTasks, lm_eval_metrics, tasks_text
 from distill.evaluation.metrics import chosen_metrics, task_metrics
 from distill.evaluation.partial import AnswerFile, kept_figures, kept_scores
 from distill.evaluation.report import Metric, ModelReport, Report, write_report
@@ -91,6 +91,7 @@ def evaluate(evaluation: Evaluation, output_file: Path | None = None) -> Report:
     paths = {**evaluation.models, **({} if evaluation.teacher is None else {TEACHER: evaluation.teacher})}
     models: dict[str, ModelReport] = {}
     scores: dict[str, list[Scores]] = {}
+    lm_eval: dict[str, dict[str, Any]] = {}
     for name, path in paths.items():
         student = _Student(path, evaluation.dtype)
         metrics: dict[str, Metric] = {}
@@ -102,7 +103,8 @@ def evaluate(evaluation: Evaluation, output_file: Path | None = None) -> Report:
             metrics = task_metrics(task, {one.id: one.text for one in found}, metric_names)
             notes = _notes(found)
         if evaluation.lm_eval is not None:
-            metrics |= _lm_eval_metrics(student, name, evaluation, partial)
+            lm_eval = _lm_eval_figures(student, name, evaluation.lm_eval, evaluation.how.batch_size, partial)
+            metrics |= lm_eval_metrics(lm_eval)
         models[name] = ModelReport(
             model=path, digest=student.digest, parameters=student.parameters, metrics=metrics, notes=notes
         )
@@ -112,7 +114,7 @@ def evaluate(evaluation: Evaluation, output_file: Path | None = None) -> Report:
         for name, path in paths.items():
             sheet = sheet_of(measure_apart(path, inference), inference, about)
             models[name] = replace(models[name], sheet=sheet)
-    report = Report(subjects=_subjects(evaluation, task), models=models)
+    report = Report(subjects=_subjects(evaluation, task, lm_eval), models=models)
     if evaluation.cache is not None:
         report = _with_bits_per_byte(report, held_out_is, held_out, scores)
     if output_file is not None and partial is not None:
@@ -147,8 +149,9 @@ class _Student:
         return self._loaded
 
     def release(self) -> None:
-        """Its memory is free for the next one."""
+        """Its memory is free for the next one, in whatever process."""
         self._loaded = None
+        torch.cuda.empty_cache()  # does nothing where no GPU was used
 
     @property
     def parameters(self) -> int:
@@ -184,14 +187,14 @@ def _answers(student: _Student, name: str, task: Task, how: Answering, partial: 
     return found
 
 
-def _lm_eval_metrics(student: _Student, name: str, evaluation: Evaluation, partial: Path | None) -> dict[str, Metric]:
-    tasks, batch_size = evaluation.lm_eval, evaluation.how.batch_size
-    found = kept_figures(
+def _lm_eval_figures(
+    student: _Student, name: str, tasks: LmEvalTasks, batch_size: int, partial: Path | None
+) -> dict[str, dict[str, Any]]:
+    return kept_figures(
         partial and partial / f"{name}.lm_eval.json",
         {"digest": student.digest, "dtype": student.dtype, **tasks.identity},
         lambda: tasks.evaluate(*student.loaded(), batch_size=batch_size),
     )
-    return lm_eval_metrics(found)
 
 
 def _notes(found: Sequence[Answer]) -> tuple[str, ...]:
@@ -209,13 +212,15 @@ def _settings(how: Answering) -> dict[str, Any]:
     return asdict(how) | {"stop": list(how.stop)}
 
 
-def _subjects(evaluation: Evaluation, task: Task | None) -> dict[str, dict[str, Any]]:
+def _subjects(
+    evaluation: Evaluation, task: Task | None, lm_eval: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
     subjects: dict[str, dict[str, Any]] = {}
     if task is not None:
         settings = {name: value for name, value in _settings(evaluation.how).items() if name != "batch_size"}
         subjects["task"] = {"name": task.name, "digest": task.digest, "examples": len(task.examples), **settings}
     if evaluation.lm_eval is not None:
-        subjects["lm_eval"] = evaluation.lm_eval.identity
+        subjects["lm_eval"] = evaluation.lm_eval.identity | {"tasks": tasks_text(lm_eval)}
     return subjects
 
 

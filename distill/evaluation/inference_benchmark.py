@@ -122,7 +122,10 @@ def measured(
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(map(len, ids)) + (0 if model.config.is_encoder_decoder else settings.new_tokens)
     if limit is not None and longest > limit:
-        raise ConfigError(f"the sheet's texts and new tokens are {longest} tokens, but the model reads at most {limit}")
+        raise ConfigError(
+            f"the sheet's texts and new tokens are {longest} tokens, but the model reads at most {limit}: leave out "
+            "--sheet, or this model"
+        )
     single, batch = _Runs(model, tokenizer, ids[:1], settings), _Runs(model, tokenizer, ids, settings)
     tokens = sum(map(len, ids))
     bytes_per_token = sum(len(text.encode()) for text in settings.texts) / tokens

@@ -7,7 +7,7 @@ import contextlib
 import io
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from distill.evaluation.report import PERCENT, Metric
 from storage_specs.command_line import nearest
 from storage_specs.errors import ConfigError
 
-__all__ = ["LmEvalTasks", "lm_eval_metrics"]
+__all__ = ["LmEvalTasks", "lm_eval_metrics", "tasks_text"]
 
 SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")  # of right answers, 0 to 1 in lm-eval
 
@@ -141,6 +141,14 @@ def lm_eval_metrics(figures: dict[str, dict[str, Any]]) -> dict[str, Metric]:
                 higher_is_better=metric["higher_is_better"] is not False,
             )
     return found
+
+
+def tasks_text(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """What was run, for a report: versions, documents, examples in front."""
+    return "; ".join(
+        f"{task} {facts['version']} ({facts['documents']} documents, {facts['num_fewshot']}-shot)"
+        for task, facts in figures.items()
+    )
 
 
 @contextlib.contextmanager

@@ -92,6 +92,10 @@ def task_metrics(task: Task, answers: Mapping[str, str], names: Sequence[str]) -
     metrics = {}
     for name in names:
         compare = (lambda answer, right: float(answer == right)) if name == ACCURACY else METRICS[name]
-        scores = [100 * max(compare(answers[one.id], right) for right in one.references) for one in task.examples]
+        # An empty answer is none, even where a reference is nothing but an article.
+        scores = [
+            100 * max(compare(answers[one.id], right) for right in one.references) if answers[one.id].strip() else 0.0
+            for one in task.examples
+        ]
         metrics[name] = Metric.of(scores, unit=PERCENT, higher_is_better=True)
     return metrics

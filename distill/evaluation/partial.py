@@ -35,7 +35,10 @@ class AnswerFile:
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
         if lines:
             _check_same(path, _parsed(path, lines[0]), identity)
-            found = [Answer(**_parsed(path, line)) for line in lines[1:]]
+            try:
+                found = [Answer(**_parsed(path, line)) for line in lines[1:]]
+            except TypeError as error:
+                raise EvaluationError(f"{path} is damaged ({error}): remove it and evaluate again") from None
             self.answers = {answer.id: answer for answer in found}
         with saving(path):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -84,5 +84,6 @@ def sheet_heads(sheet: Mapping[str, Any]) -> list[str]:
         "cache; each model alone in a process",
         f"times of one text, tokens/s of all {sheet['texts']} in one batch; medians of {sheet['repeats']} repeats "
         "after warm-up, quartiles in brackets; tokens of two tokenizers are different amounts of text: compare bytes",
-        "peak memory: beyond what the process held before the model was loaded, mapped weight files included",
+        "peak memory: beyond what the process held before the model was loaded; mapped weight files and what libraries "
+        "load with a model included",
     ]

@@ -58,7 +58,7 @@ def read_task(path: Path) -> Task:
     """
     try:
         data = path.read_bytes()
-        lines = data.decode("utf8").splitlines()
+        lines = data.decode("utf8").split("\n")  # and nowhere else: JSON texts may hold Unicode's other line ends
     except OSError as error:
         raise EvaluationError(f"the task {path} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:

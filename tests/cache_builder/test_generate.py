@@ -20,6 +20,7 @@ from cache_builder.builder import build
 from cache_builder.engines.transformers_generate import TransformersGenerator, draw
 from cache_builder.preparation import prepare
 from cache_builder.shard_worker import ShardWorker
+from storage_specs.document import is_held_out
 from storage_specs.errors import CacheMismatchError, ConfigError
 from storage_specs.generated import REFUSED, prompt_of
 from storage_specs.reader import open_cache
@@ -29,7 +30,7 @@ CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
 RECORDS = [
     {"prompt": "The capital of France is", "completion": " old", "source": "a"},
     {"messages": [*CHAT, {"role": "assistant", "content": "old"}]},
-    {"prompt": "日本語"},
+    {"prompt": "日本語4"},
     {"prompt": "The capital of France is"},
 ]
 
@@ -106,6 +107,9 @@ def test_the_cache_holds_prompts_completions_and_settings(config: BuildConfig) -
         assert len(document.segment) == about["tokens"] == 9 or about["finish_reason"] != "length"
     kept = [item for item in cache if item.metadata["generation"]["finish_reason"] != REFUSED]  # half a character
     assert len({document.text for document in kept}) == len(kept) > 3
+    assert cache.held_out_D.tolist() == [is_held_out(prompt_of(document).doc_id) for document in cache]
+    assert np.flatnonzero(cache.held_out_D).tolist() == [4, 5]  # both samples of one prompt
+    assert manifest.held_out == {"rule": "crc32c(prompt_id) % 10 == 0", "documents": 2}
     assert manifest.corpus["documents"] == manifest.counts["documents"] == 8
     assert manifest.windows["overlap"] == 0
     sampling = {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "n": 2, "seed": 5, "max_tokens": 9, "stop": []}

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from cache_builder.engines.base import EngineConfig, WindowScores
-from cache_builder.pipeline import SHARDS_WAITING, BackgroundWriter, score_shards
+from cache_builder.pipeline import SHARDS_WAITING, WRITERS, BackgroundWriter, score_shards
 from cache_builder.progress import Progress, Work
 from storage_specs.document import text_document
 from storage_specs.errors import StorageFullError
 from storage_specs.windows import Window
 
 K = 2
+MOST = WRITERS + SHARDS_WAITING
 
 
 class Echo:
@@ -88,13 +89,13 @@ def test_shards_are_written_beside_scoring_and_told_of_in_order() -> None:
         written.append(shard)
 
     with BackgroundWriter(write, lambda: told.append(len(told))) as writing:
-        for shard in range(SHARDS_WAITING):
+        for shard in range(MOST):
             writing.put(shard, [])
         assert not told  # the first is still being written, and nothing has waited for it
         gate.set()
-        writing.put(SHARDS_WAITING, [])
+        writing.put(MOST, [])
         assert told
-    assert sorted(written) == told == list(range(SHARDS_WAITING + 1))
+    assert sorted(written) == told == list(range(MOST + 1))
 
 
 def test_what_was_scored_is_written_when_scoring_fails() -> None:
@@ -104,7 +105,7 @@ def test_what_was_scored_is_written_when_scoring_fails() -> None:
     assert sorted(written) == [1, 2]
 
 
-@pytest.mark.parametrize("shards", [1, 3 * SHARDS_WAITING])
+@pytest.mark.parametrize("shards", [1, 3 * MOST])
 def test_a_writer_that_fails_stops_the_build(shards: int) -> None:
     def write(shard: int, documents: list[Any]) -> None:
         raise StorageFullError("no space left")

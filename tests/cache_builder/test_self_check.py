@@ -12,9 +12,11 @@ from cache_builder.build_config import BuildConfig
 from cache_builder.builder import build
 from cache_builder.engines.base import WindowScores
 from cache_builder.engines.transformers import TransformersEngine
+from cache_builder.preparation import prepare
 from cache_builder.self_check import drift_between
+from cache_builder.shard_worker import ShardWorker
 from storage_specs.drift import drift_problem, worst_drift
-from storage_specs.errors import EngineError
+from storage_specs.errors import DriftError
 from storage_specs.windows import Window
 
 
@@ -81,6 +83,18 @@ def test_wrong_rows_stop_the_build_unless_it_is_told_not_to_look(
                 yield dataclasses.replace(scores, gold_logprob=np.roll(scores.gold_logprob, 1))
 
     monkeypatch.setattr(TransformersEngine, "score", shifted)
-    with pytest.raises(EngineError, match="its rows would be wrong"):
+    with pytest.raises(DriftError, match="its rows would be wrong"):
         build(config)
     assert build(dataclasses.replace(config, self_check=0)).manifest.drift is None
+
+
+def test_of_several_workers_the_first_checks_once(config: BuildConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    monkeypatch.setattr("cache_builder.shard_worker.check_engine", lambda *arguments: looked.append(arguments[-1]))
+    recipe = prepare(config).recipe
+    for number, expected in ((0, [recipe.self_check]), (1, [])):
+        worker = ShardWorker(recipe.of_worker(number))
+        for _ in range(2):
+            worker.drift((0, []))
+        assert looked == expected
+        looked.clear()

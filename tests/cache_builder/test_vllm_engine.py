@@ -32,7 +32,6 @@ TEXTS = [
 ]
 QUESTIONS = ["Say hi in one word.", "Name a river in Bern.", "What is 2 + 2?"]
 MODELS = ("smollm2_path", "gemma_path")
-SKETCHED = MODELS[1]  # with the mass of its tail; the other one answers prompts too, of which no sketch can be kept
 ENVIRONMENT = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 REFUSED = {
     (
@@ -43,10 +42,10 @@ REFUSED = {
     ("--max-num-seqs", "many"): "vLLM does not take --max-num-seqs many",
 }
 # argv: files in and out. Refused commands, then windows of each model scored, then prompts of the first one answered:
-# once by the public way, once by the kept arrays.
+# once by the public way, which knows no tail bins, once with the rows that the worker keeps.
 CHILD = """
-import pickle, sys
-from cache_builder.engines import make_engine, vllm_generate
+import dataclasses, pickle, sys
+from cache_builder.engines import make_engine
 from cache_builder.main import main
 from storage_specs.errors import ConfigError
 if __name__ == "__main__":
@@ -58,15 +57,17 @@ if __name__ == "__main__":
             main([*command, *flags])
         except ConfigError as error:
             answers.append(str(error))
-    keep = vllm_generate.keep_sampled_rows
     for config, windows in runs:
         engine = make_engine("vllm", config)
         rows = list(engine.score(iter(windows)))
         scored.append((engine.describe(), engine.flat_reason, rows, list(engine.score_flat(windows))))
         if not made:
-            for patched in (lambda: "the test wants the public way", keep):
-                vllm_generate.keep_sampled_rows = patched
-                made += [list(engine.generator(sampling, words).generate(iter(prompts))) for sampling, prompts in cases]
+            for kept in (False, True):
+                engine.config = config if kept else dataclasses.replace(config, rank_edges=None)
+                for sampling, prompts in cases:
+                    generator = engine.generator(sampling, words)
+                    generator.kept = kept
+                    made.append(list(generator.generate(iter(prompts))))
         engine.close()
     with open(sys.argv[2], "wb") as file:
         pickle.dump((answers, scored, made), file)
@@ -99,16 +100,15 @@ def windows_of(folder: Path) -> list[Any]:
     return [window_of([*one, end]), window_of([*two, end], every=3), window_of([*two, end][:2])]
 
 
-def config_of(folder: Path, sketch: bool) -> EngineConfig:
+def config_of(folder: Path) -> EngineConfig:
     vocab_size = loaded(folder)[1].config.vocab_size
-    edges = tuple(log_rank_edges(K, vocab_size, 16).tolist()) if sketch else None
     return EngineConfig(
         model=str(folder),
         dtype="float32",
         max_model_len=128,
         k=K,
         vocab_size=vocab_size,
-        rank_edges=edges,
+        rank_edges=tuple(log_rank_edges(K, vocab_size, 16).tolist()),
         arguments={"enforce_eager": True, "max_num_batched_tokens": "16", "max_num_seqs": "2"},
     )
 
@@ -145,7 +145,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     (folder / "a.txt").write_text("hello")
     values = {"teacher": first, "corpus": folder / "a.txt", "output": folder / "cache", "engine": "vllm"}
     command = ["build", *(f"--{name}={value}" for name, value in values.items())]
-    runs = [(config_of(model, name == SKETCHED), windows[name]) for name, model in models.items()]
+    runs = [(config_of(model), windows[name]) for name, model in models.items()]
     (folder / "in").write_bytes(pickle.dumps((command, list(REFUSED), runs, words, cases)))
     child = [sys.executable, "-c", CHILD, str(folder / "in"), str(folder / "out")]
     done = subprocess.run(child, env=ENVIRONMENT, check=False)
@@ -174,19 +174,17 @@ def test_every_row_equals_the_brute_force_forward(model: str, found: Found, requ
         assert public.tail_bins is None
         with torch.inference_mode():
             log_probs_LV = teacher(torch.from_numpy(window.ids)[None]).logits[0].double().log_softmax(-1).numpy()
-        assert_agrees(scores, window, log_probs_LV, sketch=model == SKETCHED)
+        assert_agrees(scores, window, log_probs_LV)
 
 
-def assert_agrees(scores: WindowScores, window: Any, log_probs_LV: np.ndarray, sketch: bool) -> None:
-    assert (scores.tail_bins is not None) == sketch
+def assert_agrees(scores: WindowScores, window: Any, log_probs_LV: np.ndarray) -> None:
     edges = log_rank_edges(K, log_probs_LV.shape[1], 16)
     assert scores.probs.shape == scores.token_ids.shape == (len(window.logits_index), K)
     for row, index in enumerate(window.logits_index):
         sorted_V = np.sort(np.exp(log_probs_LV[index]))[::-1]
         np.testing.assert_allclose(scores.probs[row], sorted_V[:K], rtol=0, atol=1e-4)
         np.testing.assert_allclose(scores.tail_mass[row], sorted_V[K:].sum(), rtol=0, atol=5e-4)
-        if sketch:
-            np.testing.assert_allclose(scores.tail_bins[row], bin_masses(sorted_V[None], edges)[0], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(scores.tail_bins[row], bin_masses(sorted_V[None], edges)[0], rtol=0, atol=1e-4)
         np.testing.assert_allclose(
             np.exp(log_probs_LV[index][scores.token_ids[row]]), scores.probs[row], rtol=0, atol=1e-4
         )
@@ -205,6 +203,7 @@ def test_generated_rows_are_the_models_own_whatever_the_sampling(found: Found, s
                 assert_greedy(model, prompt, answer)
             assert answer.ended == (answer.ids[-1] == 2)
             assert (answer.finish_reason == "length") == (len(answer.ids) == prompt.max_tokens and not answer.ended)
+    assert all((answer.scores.tail_bins is not None) == (case >= 3) for case in range(6) for answer in made[case])
     assert len({tuple(answer.ids) for answer in made[1]}) > 3
     for one, two in zip(made[0] + made[2], made[3] + made[5], strict=True):
         assert one.ids.tolist() == two.ids.tolist()
@@ -231,6 +230,9 @@ def assert_brute_force(model: Any, prompt: Prompt, answer: Generation) -> None:
         np.testing.assert_allclose(scores.probs[row], sorted_V[:K], atol=1e-4)
         np.testing.assert_allclose(scores.tail_mass[row], sorted_V[K:].sum(), atol=5e-4)
         np.testing.assert_allclose(scores.gold_logprob[row], log_probs_GV[row, token], atol=1e-3)
+        if scores.tail_bins is not None:
+            bins_J = bin_masses(sorted_V[None], log_rank_edges(K, len(sorted_V), 16))[0]
+            np.testing.assert_allclose(scores.tail_bins[row], bins_J, atol=1e-4)
 
 
 def assert_greedy(model: Any, prompt: Prompt, answer: Generation) -> None:

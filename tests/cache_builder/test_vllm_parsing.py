@@ -1,4 +1,4 @@
-"""The vllm engine without vLLM: flat log-probs and sampled rows are parsed, and what cannot be is refused."""
+"""The vllm engine without vLLM: flat log-probs are parsed, sampled rows kept, and what cannot be is refused."""
 
 import sys
 import types
@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from vllm_windows import window_of
 
 from cache_builder.engines import make_engine
 from cache_builder.engines.base import EngineConfig
 from cache_builder.engines.vllm import RESERVED, parse_flat
-from cache_builder.engines.vllm_sampled import SampledRows, rows_of
+from cache_builder.engines.vllm_sampled import SampledRows, flat_rows_of, hook_sampler, release_sampler, rows_of
 from cache_builder.main import main
 from storage_specs.errors import ConfigError, EngineError
 
@@ -71,10 +72,59 @@ def test_flat_logprobs_are_parsed_by_position_and_their_shape_is_checked() -> No
 
 
 def test_rows_that_are_laid_out_otherwise_are_refused() -> None:
-    ids, values = np.array([[3, 1, 2]]), np.array([[-1.0, -0.5, -1.5]])
-    good = rows_of(SampledRows([(ids, values), (ids, values)]), 2)
-    assert (good[0].shape, good[1].dtype) == ((2, 3), np.float32)
-    wide = rows_of(SampledRows([(np.array([[3, 1, 2, 9]]), np.zeros((1, 4)))]), 2)
-    assert wide[0].tolist() == [[3, 1, 2]]
-    with pytest.raises(ValueError, match="expected 4 wide"):
-        rows_of(SampledRows([(ids, values)]), 3)
+    flat = types.SimpleNamespace(token_ids=[3, 1, 2, 3, 2, 1], logprobs=[-1.0, -0.5, -1.5] * 2)
+    ids, values = flat_rows_of(flat, np.array([3, 3]), 2)
+    assert (ids.tolist(), values.dtype) == ([[3, 1, 2], [3, 2, 1]], np.float32)
+    for wrong in ([3], [3, 1]):
+        with pytest.raises(ValueError, match="rows for"):
+            flat_rows_of(flat, np.array(wrong), 2)
+
+
+def test_a_worker_gives_the_rows_of_a_request_once_and_drops_what_comes_late() -> None:
+    """Two requests, the second of which reads its prompt in the first step; names end where vLLM adds its own."""
+    rows, generator = SampledRows(2, (2, 5)), torch.Generator().manual_seed(0)
+    logits_SBV = torch.randn(4, 2, 5, generator=generator)
+    for step, logits_BV in enumerate(logits_SBV):
+        sampled_B = torch.tensor([step, 4 - step])
+        rows.keep(["a#-12ab", "b#"], logits_BV, sampled_B, torch.tensor([True, step > 0]))
+    answer, other = rows.take(["a", "b"])
+    values_GW, ids_GK = rows_of(answer, np.array([0, 1, 2]), 2, 1)
+    sorted_GV = logits_SBV[:3, 0].log_softmax(-1).sort(descending=True)
+    np.testing.assert_allclose(values_GW[:, 1:3], sorted_GV.values[:, :2], atol=1e-6)
+    np.testing.assert_allclose(values_GW[:, 3], 1 - sorted_GV.values[:, :2].exp().sum(1), atol=1e-6)
+    np.testing.assert_allclose(values_GW[:, 0], logits_SBV[:3, 0].log_softmax(-1).diagonal(), atol=1e-6)
+    assert ids_GK.tolist() == sorted_GV.indices[:, :2].tolist()
+    assert rows_of(other, np.array([3, 2, 1]), 2, 1)[0].shape == (3, 4)
+    for wrong in ([0, 1, 2, 3, 4], [1, 1]):
+        with pytest.raises(ValueError, match="which are not"):
+            rows_of(answer, np.array(wrong), 2, 1)
+    rows.keep(["a#-12ab"], logits_SBV[0, :1], torch.tensor([0]), torch.tensor([True]))
+    assert rows.take(["c"])[0][0] == 0
+    assert not rows.open
+
+
+class Sampler:
+    """As the V2 runner's: takes logits, and may change them in place."""
+
+    def __call__(self, logits: torch.Tensor, input_batch: Any) -> Any:
+        sampled_B1 = logits.argmax(dim=1, keepdim=True)
+        logits.zero_()
+        return types.SimpleNamespace(sampled_token_ids=sampled_B1, num_sampled=torch.ones(len(logits)))
+
+
+def test_the_v2_sampler_is_seen_and_let_go() -> None:
+    runner = types.SimpleNamespace(sampler=Sampler(), prompt_logprobs_worker=None)
+    batch = types.SimpleNamespace(req_ids=["a#", "b#"])
+    logits_BV = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):  # hooked anew, it is hooked once
+        rows = SampledRows(3, None)
+        hook_sampler(runner, rows)
+    output = runner.sampler(logits_BV.clone(), batch)
+    (answer,) = rows.take(["b"])
+    values_GW, _ = rows_of(answer, output.sampled_token_ids[1].numpy(), 3, 0)
+    expected_V = logits_BV[1].log_softmax(-1)
+    np.testing.assert_allclose(values_GW[0], expected_V.max().repeat(1).tolist() + expected_V.topk(3).values.tolist())
+    release_sampler(runner)
+    assert type(runner.sampler) is Sampler
+    with pytest.raises(TypeError, match="expected self, logits, input_batch"):
+        hook_sampler(types.SimpleNamespace(sampler=len, prompt_logprobs_worker=None), rows)

@@ -6,13 +6,11 @@ With the Unigram tokenizer of T5, which loses white space and folds characters.
 import numpy as np
 import pytest
 import torch
-from cache_making import write_cache
 from reference_losses import cached_uld
 from test_command import command
-from tokenizer_assets import tokenizer_file
 from torch.nn.functional import cross_entropy
 from training import bits_per_byte_in, config
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 
 from distill import CachedDistillationTrainer, CachedDocuments, DistillationCollator, align
 from distill.encoder_decoder import decoder_start_of, encoder_decoder_pairs
@@ -22,33 +20,6 @@ from storage_specs import chat_document, completion_document, open_cache, text_d
 from storage_specs.errors import ConfigError
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}"
-
-
-@pytest.fixture(scope="session")
-def t5_tokenizer():
-    return PreTrainedTokenizerFast(
-        tokenizer_file=str(tokenizer_file("t5")), eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
-
-
-@pytest.fixture(scope="session")
-def mt0_path(t5_tokenizer, tmp_path_factory):
-    """A random two-layer T5 as a Hugging Face folder."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("students") / "t5"
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
-    settings = T5Config(vocab_size=len(t5_tokenizer), decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, **sizes)
-    T5ForConditionalGeneration(settings).save_pretrained(path)
-    t5_tokenizer.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def prompts_path(wiki_texts, gemma_tokenizer, tmp_path_factory):
-    """Prompts with completions, and two texts."""
-    documents = [completion_document(text[:60], text[60 : 130 + 9 * n]) for n, text in enumerate(wiki_texts[:30])]
-    documents += [text_document(text[:90]) for text in wiki_texts[30:32]]
-    return write_cache(tmp_path_factory.mktemp("caches") / "prompts", documents, gemma_tokenizer)
 
 
 def test_a_completion_is_read_and_written(t5_tokenizer):

@@ -123,7 +123,9 @@ def test_in_a_report_and_taken_up_again(folder, student_path, tmp_path, monkeypa
     assert main(flags) == 0
     assert len(asked) == 3
     report = read_report(tmp_path / "e.json")
-    assert report.subjects["lm_eval"]["tasks"] == "our_capitals,our_text"
+    assert report.subjects["lm_eval"]["tasks"] == (
+        "our_capitals 2.0 (3 documents, 0-shot); our_text 2.0 (2 documents, 0-shot)"
+    )
     metrics = report.models["a"].metrics
     assert metrics == report.models["b"].metrics
     assert metrics["our_capitals/acc"].unit == "%"

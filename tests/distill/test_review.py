@@ -119,6 +119,20 @@ def test_no_cell_is_a_formula_and_no_text_is_markup(sheet, cache_path):
     assert tags.found.count("article") == len(data["rows"])
 
 
+def test_chats_show_who_speaks(chat_cache_path, student_path, tmp_path):
+    path = tmp_path / "chats.csv"
+    assert main(command(chat_cache_path, student_path, path, "--split", "all", "--top", "2")) == 0
+    rows, cache = read(path), open_cache(chat_cache_path)
+    assert len(rows) == 2
+    for row in rows:
+        document = next(document for document in cache if document.doc_id == row["doc_id"])
+        turns = [f"[{m.role}]\n{document.content(n)}" for n, m in enumerate(document.messages)]
+        assert row["text"] == "\n".join(turns)
+        for line in row["worst_places"].splitlines():  # quoted inside the turn that it belongs to
+            place = line.partition("  (student")[0].replace("[[", "").replace("]]", "").removeprefix("'")
+            assert any(place in turn.replace("\n", " ") for turn in turns[1::2]), line
+
+
 def test_an_interrupted_review_goes_on(sheet, cache_path, student_path, tmp_path, monkeypatch):
     from distill.review import reviewer as review
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from task_assets import disfl_qa, split, write_task
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
 
 from distill.evaluation.answering import Answering, answers, completed
 from distill.evaluation.comparison import as_text, compared
@@ -80,6 +80,39 @@ def test_long_prompts_lose_their_beginning(tiny, smollm2_tokenizer, wiki_texts):
         list(answers(tiny, smollm2_tokenizer, task.examples, Answering(max_new_tokens=256)))
 
 
+def test_encoder_decoders_are_asked_as_they_were_trained(t5_tokenizer, questions):
+    """The encoder reads the whole prompt with its EOS, its positions begin with the text, whatever the batch."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_layers": 2, "decoder_layers": 2}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64}
+    ids = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1, "decoder_start_token_id": 0}
+    bart = BartForConditionalGeneration(
+        BartConfig(vocab_size=len(t5_tokenizer), forced_eos_token_id=None, init_std=0.5, **sizes, **heads, **ids)
+    ).eval()
+    long = {"prompt": " ".join(one["prompt"] for one in questions), "answer": "x"}
+    task = task_from("wiki", [*questions[:4], long])
+    how = Answering(max_new_tokens=5, batch_size=5)
+    for example in task.examples:
+        encoder_ids = t5_tokenizer(example.prompt).input_ids
+        assert encoder_ids[-1] == t5_tokenizer.eos_token_id
+        read, written = torch.tensor([encoder_ids[-64:]]), [0]
+        while len(written) < 6 and written[-1] != 1:
+            with torch.no_grad():
+                logits_TV = bart(input_ids=read, decoder_input_ids=torch.tensor([written])).logits[0]
+            written.append(int(logits_TV[-1].argmax()))
+        expected = t5_tokenizer.decode(written[1:], skip_special_tokens=True).strip()
+        for batch_size in (1, 5):
+            found = [
+                one
+                for batch in answers(bart, t5_tokenizer, task.examples, replace(how, batch_size=batch_size))
+                for one in batch
+                if one.id == example.id
+            ]
+            assert [one.text for one in found] == [expected]
+            assert found[0].prompt_cut == max(0, len(encoder_ids) - 64)
+    assert found[0].prompt_cut > 0
+
+
 def test_choices_by_brute_force(tiny, smollm2_tokenizer, questions):
     rows = [
         {"prompt": one["prompt"].strip(), "answer": "no", "choices": ["yes", "no", "may be so"]} for one in questions
@@ -141,6 +174,10 @@ def test_an_evaluation_killed_and_resumed(student_path, questions, tmp_path):
     partial.write_bytes(kept + b'{"id": "1", "te')  # as a power cut would leave it
     with pytest.raises(EvaluationError, match=r"unfinished evaluation \(max_new_tokens 24, now 25\)"):
         main([*flags, "--max_new_tokens", "25", "--output_file", str(resumed)])
+    partial.write_bytes(kept + b'{"id": "1"}\n')
+    with pytest.raises(EvaluationError, match="is damaged"):
+        main([*flags, "--output_file", str(resumed)])
+    partial.write_bytes(kept + b'{"id": "1", "te')
     assert main([*flags, "--output_file", str(resumed)]) == 0
     assert read_report(resumed) == read_report(tmp_path / "whole.json")
     lines = [(tmp_path / f"{name}.predictions" / "s.jsonl").read_text() for name in ("whole", "resumed")]

@@ -93,6 +93,9 @@ def test_metrics_of_a_task():
     assert found["exact_match"].scores == (100, 0)
     assert found["f1"].value == 50
     assert found["f1"].standard_error == pytest.approx(np.std([100, 0], ddof=1) / math.sqrt(2))
+    article = task_from("article", [{"prompt": "p", "answer": "The"}])
+    for said, score in (("the", 100), ("", 0), (" ", 0)):  # SQuAD would take nothing for an article
+        assert task_metrics(article, {"1": said}, ["exact_match"])["exact_match"].value == score
     picked = task_from("picked", [{"prompt": "p", "answer": "no", "choices": ["yes", "no"]}])
     assert chosen_metrics(picked, []) == ["accuracy"]
     assert task_metrics(picked, {"1": "no"}, ["accuracy"])["accuracy"].value == 100
@@ -167,7 +170,7 @@ def test_tasks_that_cannot_be_read(tmp_path):
 def test_a_task_is_what_it_asks(tmp_path):
     path = tmp_path / "questions.jsonl"
     rows = [{"prompt": "p", "answer": "a"}, {"messages": [{"role": "user", "content": "q"}], "references": ["b", "c"]}]
-    path.write_text("\n".join(map(json.dumps, rows)))
+    path.write_text("\r\n".join(map(json.dumps, rows)))
     task = read_task(path)
     assert (task.name, [one.id for one in task.examples]) == ("questions", ["1", "2"])
     assert task.examples[1].prompt == ({"role": "user", "content": "q"},)
@@ -175,3 +178,5 @@ def test_a_task_is_what_it_asks(tmp_path):
     rows[0]["answer"] = "A"
     assert task.digest != task_from("questions", rows).digest
     assert [one.id for one in task.first(1).examples] == ["1"]
+    path.write_text(json.dumps({"prompt": "a\u2028b\u0085c", "answer": "d"}, ensure_ascii=False) + "\n")
+    assert read_task(path).examples[0].prompt == "a\u2028b\u0085c"

@@ -7,7 +7,9 @@ triton is first imported:  TRITON_INTERPRET=1 python -m pytest tests/interpreted
 import pytest
 import torch
 from naive_reduction import assert_rows_equal_a_full_sort
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from cache_builder.engines.reduction import bytes_per_row
 from cache_builder.engines.reduction_triton import reduce_rows_triton
 from storage_specs.sketch import log_rank_edges
 
@@ -66,3 +68,23 @@ def test_a_certain_row():
     logits_BV = normal(2, 2000, 1.0)
     logits_BV[0, 7] = 60.0
     check(logits_BV, 16)
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made empty."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        self.bytes += out.nbytes if "empty" in func.__name__ else 0
+        return out
+
+
+@pytest.mark.parametrize(("vocabulary", "k", "bins"), [(3000, 64, 8), (2000, 16, 0), (300, 100, 4)])
+def test_the_buffers_are_as_large_as_the_block_was_chosen_for(vocabulary, k, bins):
+    logits_BV = normal(4, vocabulary, 3.0)
+    edges = log_rank_edges(k, vocabulary, bins).tolist() if bins else None
+    with Allocations() as made:
+        reduce_rows_triton(logits_BV, torch.zeros(4, dtype=torch.int64), k, edges and tuple(edges))
+    assert made.bytes + logits_BV.nbytes == 4 * bytes_per_row(vocabulary, k, bins)

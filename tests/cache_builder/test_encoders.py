@@ -1,0 +1,78 @@
+"""Processes that encode beside the engine's: the same bytes, the errors as raised, and what being killed leaves."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache_builder.encoders import ShardEncoders
+from storage_specs.document import CachedDocument, text_document
+from storage_specs.errors import EngineError, InvalidDocumentError
+from storage_specs.settings import CacheSettings
+from storage_specs.writer import encoded_shard
+
+SETTINGS = CacheSettings(
+    teacher={}, tokenizer={}, chat_template=None, engine={}, windows={}, k=2, k_ids=0, vocab_size=9, profile="half"
+)
+
+
+def document_of(text: str) -> CachedDocument:
+    """A row per letter."""
+    row_T = np.arange(len(text))
+    half_T = np.full(len(text), 0.5, np.float32)
+    return CachedDocument(
+        **vars(text_document(text)), segment=0 * row_T, byte_start=row_T, byte_end=row_T + 1, is_end=row_T < 0,
+        gold_logprob=-half_T, tail_mass=0 * half_T, probs=np.stack([half_T, half_T], axis=1),
+    )  # fmt: skip
+
+
+DOCUMENTS = [document_of(text) for text in ("the", "river", "Aare")]
+IDS = tuple(document.doc_id for document in DOCUMENTS)
+ORPHANS = """
+import os, sys, time
+from cache_builder.encoders import ShardEncoders
+from test_encoders import DOCUMENTS, IDS, SETTINGS
+if __name__ == "__main__":
+    encoders = ShardEncoders(SETTINGS, 1)
+    encoders(0, DOCUMENTS, SETTINGS, IDS)
+    print(*encoders.pool._processes, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_shard_has_the_same_bytes_whichever_process_encodes_it() -> None:
+    encoders = ShardEncoders(SETTINGS, 1)
+    try:
+        assert encoders(7, DOCUMENTS, SETTINGS, IDS) == encoded_shard(7, DOCUMENTS, SETTINGS, IDS)
+        with pytest.raises(InvalidDocumentError, match="shard 7: its documents are not those that the plan names"):
+            encoders(7, DOCUMENTS, SETTINGS, IDS[1:])
+        (process,) = encoders.pool._processes
+        os.kill(process, signal.SIGKILL)
+        with pytest.raises(EngineError, match="shard 8: a process that encodes rows died"):
+            encoders(8, DOCUMENTS, SETTINGS, IDS)
+    finally:
+        encoders.close()
+
+
+def test_encoders_do_not_outlive_a_build_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "build.py").write_text(ORPHANS)
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "build.py"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    encoder = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{encoder}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{encoder}").exists()
+    parent.communicate()

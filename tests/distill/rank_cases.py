@@ -1,0 +1,15 @@
+"""Runs of `distill` one after the other in the same processes: torchrun starts them once.
+
+argv: a JSON list of argument lists. Every run sets up its parallelism anew.
+"""
+
+import json
+import sys
+
+from accelerate.state import AcceleratorState
+
+from distill.main import main
+
+for arguments in json.loads(sys.argv[1]):
+    AcceleratorState._reset_state(reset_partial_state=False)
+    assert main(arguments) == 0
