@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 
+from cache_builder.interrupts import interrupts_held
 from storage_specs.document import CachedDocument
 from storage_specs.errors import EngineError
 from storage_specs.settings import CacheSettings
@@ -36,8 +37,9 @@ class ShardEncoders:
     def __init__(self, settings: CacheSettings, size: int) -> None:
         self.settings, self.size = settings, size
         self.pool = ProcessPoolExecutor(size, get_context("spawn"), initializer=_begin, initargs=(settings,))
-        for _ in range(size):
-            self.pool.submit(_nothing)
+        with interrupts_held():
+            for _ in range(size):
+                self.pool.submit(_nothing)
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
@@ -61,6 +63,7 @@ def _begin(settings: CacheSettings) -> None:
     global _settings
     _settings = settings
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business: it lets shards under way finish
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # one that came meanwhile is forgotten
     if hasattr(os, "nice"):
         os.nice(5)  # the engine's processes come first
     threading.Thread(target=_leave_with_parent, daemon=True).start()

@@ -7,13 +7,12 @@ the replica with it, after the shard that it is at.
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from cache_builder.interrupts import interrupts_held
 from cache_builder.pipeline import Job
 from cache_builder.progress import Progress, Work
 from cache_builder.shard_worker import Recipe, ShardWorker
@@ -48,7 +47,7 @@ class ReplicaPool:
     def open(self, recipe: Recipe, devices_of: list[str | None]) -> None:
         """Start every replica, with the GPUs that it may see."""
         spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used CUDA or threads is not safe
-        with _interrupts_held():
+        with interrupts_held():
             for worker, devices in enumerate(devices_of):
                 ours, theirs = spawn.Pipe()
                 arguments = (theirs, recipe.of_worker(worker))
@@ -146,30 +145,6 @@ def _devices(size: int, gpus: int) -> list[str | None]:
             "lower tensor_parallel_size or pipeline_parallel_size"
         )
     return [",".join(names[worker * gpus : (worker + 1) * gpus]) for worker in range(size)]
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits until this is left, and in a process that is started inside until that takes it.
-
-    So one that is interrupted while it still imports says nothing of it. The mask is for them, who inherit it; here
-    another thread may be given the signal, for which Python interrupts the main one all the same.
-    """
-    resource_tracker.ensure_running()  # multiprocessing's own process: starting it would let interrupts through
-    came: list[int] = []
-    in_main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT)
-    if in_main:
-        signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if in_main:
-            signal.signal(signal.SIGINT, handler)
-        if came:
-            signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager

@@ -43,6 +43,7 @@ class DistillationCollator:
     With `likelihood` chunk_index_M: (M,) int64, the student's positions of all tokens of chunks, some of label_index_R;
     chunk_M: (M,) int64, their chunks; chunk_gold_G: (G,) float32, the teacher's nats; chunk_sample_G: (G,) int64.
     teacher_rows: int, rows of its documents, compared or not. tokens: int, without padding. doc_ids: list[str].
+    word_map: `word_map_of` the same cache, tokenizer and mapping, where several runs share it (seconds to make).
 
     Raises TokenizerError (no fast backend, or another than the teacher's where a loss needs that one) and ConfigError
     (a loss that needs ids with a cache without, `merge` with a sketch).
@@ -54,6 +55,7 @@ class DistillationCollator:
         config: DistillationConfig,
         cache: Cache,
         decoder_start: int | None = None,
+        word_map: WordMap | None = None,
     ) -> None:
         self.inputs = StudentInputs(
             tokenizer,
@@ -67,7 +69,9 @@ class DistillationCollator:
         self.config = config
         self.k, self.k_ids = cache.manifest.k, cache.manifest.k_ids
         self.mixture = config.mixture
-        self.word_map = word_map_of(cache, tokenizer, config) if self.mixture.needs_ids else None
+        self.word_map = None
+        if self.mixture.needs_ids:
+            self.word_map = word_map or word_map_of(cache, tokenizer, config)
         self.rank_edges = cache.manifest.rank_edges if self.mixture["uld"] else None
         if self.rank_edges is not None and config.align == "merge":
             raise ConfigError(

@@ -1,5 +1,6 @@
 """Text files that are there whole or not at all."""
 
+import os
 from pathlib import Path
 
 from distill.checkpoint import saving
@@ -13,5 +14,8 @@ def write_text(path: Path, text: str) -> None:
     with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(f".{path.name}")
-        scratch.write_text(text, encoding="utf8", newline="")
+        with scratch.open("w", encoding="utf8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         scratch.replace(path)

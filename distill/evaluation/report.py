@@ -118,7 +118,7 @@ def read_report(path: Path) -> Report:
         values = json.loads(path.read_text(encoding="utf8"))
     except OSError as error:
         raise EvaluationError(f"the report {path} cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EvaluationError(f"{path} is not JSON ({error}): name a file that distill evaluate wrote") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise EvaluationError(f"{path} is not a report of distill evaluate: its format is not {FORMAT!r}")
@@ -141,6 +141,10 @@ def _model_from(values: dict[str, Any]) -> ModelReport:
 def _metric_from(values: dict[str, Any]) -> Metric:
     lists = {name: values[name] and tuple(map(float, values[name])) for name in ("scores", "weights")}
     metric = Metric(**(values | lists))
-    if not isinstance(metric.value, float) or not math.isfinite(metric.value):
-        raise ValueError(f"value {metric.value!r}")
+    numbers = [metric.value, *(metric.scores or ()), *(metric.weights or ())]
+    numbers += [] if metric.standard_error is None else [metric.standard_error]
+    if not all(isinstance(number, float) and math.isfinite(number) for number in numbers):
+        raise ValueError("a figure that is no number")
+    if not isinstance(metric.unit, str) or not isinstance(metric.higher_is_better, bool):
+        raise TypeError(f"unit {metric.unit!r}, higher_is_better {metric.higher_is_better!r}")
     return metric

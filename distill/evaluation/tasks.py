@@ -58,7 +58,7 @@ def read_task(path: Path) -> Task:
     """
     try:
         data = path.read_bytes()
-        lines = data.decode("utf8").split("\n")  # and nowhere else: JSON texts may hold Unicode's other line ends
+        lines = data.decode("utf-8-sig").split("\n")  # and nowhere else: JSON texts may hold Unicode's other line ends
     except OSError as error:
         raise EvaluationError(f"the task {path} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -69,7 +69,7 @@ def read_task(path: Path) -> Task:
             continue
         try:
             rows.append((f"{path}, line {number}", str(number), json.loads(line)))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise EvaluationError(f"{path}, line {number} is not JSON ({error}): one object a line") from None
     return _task(path.stem, rows, str(path))
 
@@ -103,6 +103,10 @@ def _example(where: str, number: str, row: Any) -> Example:
         raise EvaluationError(
             f"{where}: needs prompt or messages, and references, reference or answer; it has {', '.join(row) or 'none'}"
         )
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise EvaluationError(f"{where}: {error.object[error.start]!r} is half a character: repair the text") from None
     given = row[answers[0]]
     references = _texts(where, answers[0], [given] if isinstance(given, str) else given)
     choices = _texts(where, "choices", row["choices"]) if "choices" in row else ()
@@ -113,7 +117,9 @@ def _example(where: str, number: str, row: Any) -> Example:
         raise EvaluationError(f"{where}: its prompt is empty")
     if not isinstance(prompt, str | tuple):
         raise EvaluationError(f"{where}: its prompt is not a text")
-    return Example(id=str(row.get("id", number)), prompt=prompt, references=references, choices=choices)
+    return Example(
+        id=number if row.get("id") is None else str(row["id"]), prompt=prompt, references=references, choices=choices
+    )
 
 
 def _texts(where: str, name: str, value: Any) -> tuple[str, ...]:

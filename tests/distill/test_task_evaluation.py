@@ -15,10 +15,10 @@ import torch
 from task_assets import disfl_qa, split, write_task
 from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
 
-from distill.evaluation.answering import Answering, answers, completed
+from distill.evaluation.answering import Answer, Answering, answers, completed
 from distill.evaluation.comparison import as_text, compared
 from distill.evaluation.evaluate import Evaluation, evaluate
-from distill.evaluation.partial import kept_scores
+from distill.evaluation.partial import AnswerFile, kept_figures, kept_scores
 from distill.evaluation.report import Metric, ModelReport, Report, read_report, write_report
 from distill.evaluation.report_format import as_html, as_markdown
 from distill.evaluation.tasks import task_from
@@ -160,7 +160,7 @@ def test_an_evaluation_killed_and_resumed(student_path, questions, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    partial = tmp_path / "resumed.partial" / "s.jsonl"
+    partial = tmp_path / "resumed.json.partial" / "s.jsonl"
     deadline = time.monotonic() + 120
     while not (partial.exists() and partial.read_bytes().count(b"\n") > 3):
         assert process.poll() is None, process.stdout.read()
@@ -180,7 +180,7 @@ def test_an_evaluation_killed_and_resumed(student_path, questions, tmp_path):
     partial.write_bytes(kept + b'{"id": "1", "te')
     assert main([*flags, "--output_file", str(resumed)]) == 0
     assert read_report(resumed) == read_report(tmp_path / "whole.json")
-    lines = [(tmp_path / f"{name}.predictions" / "s.jsonl").read_text() for name in ("whole", "resumed")]
+    lines = [(tmp_path / f"{name}.json.predictions" / "s.jsonl").read_text() for name in ("whole", "resumed")]
     assert lines[0] == lines[1]
     assert not partial.parent.exists()
 
@@ -224,6 +224,34 @@ def test_scores_are_made_once(tmp_path):
             assert [getattr(scores, name).tolist() for scores in found] == [getattr(one, name).tolist(), []]
     with pytest.raises(EvaluationError, match="digest 'd', now 'e'"):
         kept_scores(path, {"digest": "e"}, lambda: [one])
+    for damaged in (b"", b"PK", path.read_bytes()[:100], b"[]"):
+        path.write_bytes(damaged)
+        with pytest.raises(EvaluationError, match="is damaged"):
+            kept_scores(path, {"digest": "d"}, lambda: [one])
+
+
+def test_answers_are_never_written_again(tmp_path):
+    """Only a last line that was cut off goes; a file of something else stays as it is."""
+    path = tmp_path / "m.jsonl"
+    file = AnswerFile(path, {"task": "t"})
+    file.add([Answer(id="1", text="a\u2028b"), Answer(id="2", text="")])
+    kept = path.read_bytes()
+    path.write_bytes(kept + b'{"id"')
+    node = path.stat().st_ino
+    assert list(AnswerFile(path, {"task": "t"}).answers.values()) == list(file.answers.values())
+    assert (path.read_bytes(), path.stat().st_ino) == (kept, node)
+    for damaged in (b"[]\n", kept + b"[]\n", kept + b'{"id": "3", "text": null}\n', kept + b"{\n"):
+        path.write_bytes(damaged)
+        with pytest.raises(EvaluationError, match="is damaged"):
+            AnswerFile(path, {"task": "t"})
+        assert path.read_bytes() == damaged
+    path.write_bytes(b'{"task"')  # killed while it was begun
+    assert AnswerFile(path, {"task": "t"}).answers == {}
+    assert json.loads(path.read_bytes()) == {"task": "t"}
+    for damaged in ("[]", "{}", "{"):
+        path.write_text(damaged)
+        with pytest.raises(EvaluationError, match="is damaged"):
+            kept_figures(path, {"task": "t"}, dict)
 
 
 def test_reports_that_are_none(tmp_path):
@@ -233,15 +261,25 @@ def test_reports_that_are_none(tmp_path):
     write_report(path, Report(subjects={"task": {"name": "t", "digest": "x"}}, models={"m": model}))
     assert read_report(path).models["m"] == model
     good = json.loads(path.read_text())
-    damaged = json.loads(path.read_text())
-    damaged["models"]["m"]["metrics"]["f1"]["value"] = None
+
+    def with_metric(**changes):
+        values = json.loads(json.dumps(good))
+        values["models"]["m"]["metrics"]["f1"] |= changes
+        return json.dumps(values)
+
     for values, match in (
         ("{", "not JSON"),
         ("[]", "not a report"),
         (json.dumps(good | {"format": "x"}), "not a report"),
         (json.dumps(good | {"version": 2}), "version 2"),
         (json.dumps({**good, "models": {"m": {}}}), "damaged"),
-        (json.dumps(damaged), "damaged"),
+        ("[" * 100_000, "not JSON"),
+        (with_metric(value=None), "damaged"),
+        (with_metric(standard_error="x"), "damaged"),
+        (with_metric(scores=[1.0, float("nan")]), "damaged"),
+        (with_metric(unit=None), "damaged"),
+        (with_metric(higher_is_better="yes"), "damaged"),
+        (with_metric(more=1), "damaged"),
     ):
         path.write_text(values)
         with pytest.raises(EvaluationError, match=match):
@@ -299,6 +337,10 @@ def test_check_command(tmp_path, capsys):
         (replace(after, subjects={"cache": {"cache_id": "c"}}), "subjects"),
         (replace(after, models={"n": model}), "other models: m, now n"),
         (replace(after, models={"m": replace(model, parameters=2)}), "model m: parameters 1, now 2"),
+        (
+            replace(after, models={"m": replace(model, metrics={"x": replace(model.metrics["x"], unit="nats")})}),
+            "x of m: unit '%', now 'nats'",
+        ),
         (replace(after, models={"m": replace(model, metrics={})}), "other metrics of m: x, now none"),
     ):
         write_report(paths[1], other)

@@ -133,6 +133,8 @@ def test_standard_errors_against_many_draws():
     [
         ("{", "line 2 is not JSON"),
         ("[]", "line 2: expected an object"),
+        ("[" * 100_000, "line 2 is not JSON"),
+        ('{"prompt": "\\ud800", "answer": "a"}', "line 2: .* half a character"),
         ('{"prompt": "p"}', "references, reference or answer"),
         ('{"reference": "r"}', "needs prompt or messages"),
         ('{"prompt": "p", "messages": [], "answer": "a"}', "needs prompt or messages"),
@@ -169,8 +171,11 @@ def test_tasks_that_cannot_be_read(tmp_path):
 
 def test_a_task_is_what_it_asks(tmp_path):
     path = tmp_path / "questions.jsonl"
-    rows = [{"prompt": "p", "answer": "a"}, {"messages": [{"role": "user", "content": "q"}], "references": ["b", "c"]}]
-    path.write_text("\r\n".join(map(json.dumps, rows)))
+    rows = [
+        {"prompt": "p", "answer": "a"},
+        {"messages": [{"role": "user", "content": "q"}], "references": ["b", "c"], "id": None},
+    ]
+    path.write_text("\ufeff" + "\r\n".join(map(json.dumps, rows)))
     task = read_task(path)
     assert (task.name, [one.id for one in task.examples]) == ("questions", ["1", "2"])
     assert task.examples[1].prompt == ({"role": "user", "content": "q"},)

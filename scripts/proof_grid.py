@@ -1,0 +1,212 @@
+"""The grid of scripts/proof.py: tasks, students, arms, what a cell is, and in which order cells are measured.
+
+A cell is one training run and its measurements. Each block of the grid first tries every learning rate of each of its
+arms on seed 0; an arm's other seeds then take the rate that was best on validation documents, which are neither trained
+on nor reported. Cells that vary something else (`k_ids`, the share of documents) take the rate of the block they vary.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+
+Row = Mapping[str, str]  # of the CSV
+DEFAULT_K_IDS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """What beside the learning rate makes a run another: flags of `distill train`, and whose rows it is given.
+
+    rows: "own", or "shuffled" = the teacher's rows of each document at other places of it (the control).
+    """
+
+    loss: str
+    align: str = "boundary"
+    mapping: str = "first_token"
+    rows: str = "own"
+
+
+ARMS = {
+    "ce": Arm(loss="ce:1"),
+    "uld": Arm(loss="ce:1,uld:1.5"),
+    "mapped": Arm(loss="ce:1,mapped:1"),
+    "mapped+likelihood": Arm(loss="ce:1,mapped:1,likelihood:1"),
+    "uld shuffled": Arm(loss="ce:1,uld:1.5", rows="shuffled"),
+    "uld 0.5": Arm(loss="ce:1,uld:0.5"),
+    "uld positional": Arm(loss="ce:1,uld:1.5", align="positional"),
+    "hybrid": Arm(loss="ce:1,hybrid:1"),
+    "likelihood": Arm(loss="ce:1,likelihood:1"),
+    "mapped 3": Arm(loss="ce:1,mapped:3"),
+    "mapped alone": Arm(loss="mapped:1"),
+    "mapped equal_bytes": Arm(loss="ce:1,mapped:1", mapping="equal_bytes"),
+    "mapped+uld 0.5": Arm(loss="ce:1,mapped:1,uld:0.5"),
+    "mapped shuffled": Arm(loss="ce:1,mapped:1", rows="shuffled"),
+}
+CORE_ARMS = ("ce", "uld", "mapped", "mapped+likelihood", "uld shuffled")
+STRONGER_ARMS = ("mapped 3", "mapped alone")
+OTHER_ARMS = tuple(name for name in ARMS if name not in (*CORE_ARMS, *STRONGER_ARMS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a task is trained on: documents of the corpus, documents per step, steps, tokens per window.
+
+    test: documents that are reported. max_new_tokens: of an answer, 0 where none is generated.
+    """
+
+    documents: int
+    batch: int
+    steps: int
+    max_length: int
+    test: int
+    max_new_tokens: int = 0
+
+
+# Steps are the same for every arm and rate. `gpu`: Wikipedia 2 epochs, the tasks about 5
+# (BoolQ 2, NarrativeQA 3); `cpu`: what two cores can do.
+SCALES: dict[str, dict[str, Training]] = {
+    "gpu": {
+        "wikipedia": Training(documents=15_029, batch=32, steps=840, max_length=512, test=700),
+        "disfl_qa": Training(documents=400, batch=8, steps=200, max_length=512, test=200, max_new_tokens=24),
+        "xsum": Training(documents=600, batch=16, steps=170, max_length=768, test=200, max_new_tokens=64),
+        "narrative_qa": Training(documents=1800, batch=16, steps=300, max_length=1024, test=400, max_new_tokens=32),
+        "dialogues": Training(documents=90, batch=4, steps=100, max_length=1024, test=40, max_new_tokens=192),
+        "pubmed_qa": Training(documents=350, batch=8, steps=175, max_length=768, test=200, max_new_tokens=4),
+        "boolq": Training(documents=4000, batch=16, steps=450, max_length=512, test=500, max_new_tokens=4),
+    },
+    "cpu": {
+        "wikipedia": Training(documents=1200, batch=8, steps=80, max_length=256, test=48),
+        "disfl_qa": Training(documents=160, batch=4, steps=40, max_length=384, test=40, max_new_tokens=16),
+    },
+    "tiny": {
+        "wikipedia": Training(documents=48, batch=4, steps=3, max_length=64, test=4),
+        "disfl_qa": Training(documents=8, batch=4, steps=2, max_length=96, test=4, max_new_tokens=4),
+    },
+}
+# A cut student has everything to learn again, a whole one little to gain by large steps.
+RATES = {"smollm2-10": (2e-3, 4e-3, 8e-3), "smollm2-10-healed": (2e-4, 6e-4, 2e-3), "smollm2": (3e-5, 1e-4, 3e-4)}
+NOT_TUNED = {"cpu": 0}  # scales that have no time for more than one rate, by its number
+
+
+def rates_of(scale: str, student: str) -> tuple[float, ...]:
+    """The learning rates that are tried, ascending."""
+    rates = RATES[student]
+    return rates if scale not in NOT_TUNED else (rates[NOT_TUNED[scale]],)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One training run. answers: "given" (the corpus's own), or "teacher" (written by it, mode generate).
+    learning_rate: None where other cells' rows have yet to tell it."""
+
+    scale: str
+    task: str
+    student: str
+    arm: str
+    learning_rate: float | None
+    seed: int
+    answers: str = "given"
+    k_ids: int = DEFAULT_K_IDS
+    fraction: float = 1.0
+
+    @property
+    def training(self) -> Training:
+        return SCALES[self.scale][self.task]
+
+    @cached_property
+    def key(self) -> tuple[str, ...]:
+        """What tells this cell's row from others, as the CSV spells it."""
+        return tuple(_spelled(value) for value in asdict(self).values())
+
+    def __str__(self) -> str:
+        varied = [f"k_ids {self.k_ids}"] if self.k_ids != DEFAULT_K_IDS else []
+        varied += [f"{self.fraction:.0%} of the documents"] if self.fraction != 1 else []
+        varied += ["the teacher's answers"] if self.answers == "teacher" else []
+        name = " / ".join([self.task, self.student, self.arm, *varied])
+        rate = "not yet known" if self.learning_rate is None else f"{self.learning_rate:g}"
+        return f"{name}  rate {rate} seed {self.seed}"
+
+
+KEY = tuple(Cell.__dataclass_fields__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Cells that stand in one table. tuned: every rate is tried on seed 0; else it is that of the block they vary."""
+
+    task: str
+    student: str
+    arms: Sequence[str]
+    answers: str = "given"
+    k_ids: int = DEFAULT_K_IDS
+    fraction: float = 1.0
+    tuned: bool = True
+    seeds: Sequence[int] = (0, 1, 2)
+    core: bool = False
+
+
+def _blocks() -> tuple[Block, ...]:
+    healed, whole = "smollm2-10-healed", "smollm2"
+    blocks = [
+        Block(task="wikipedia", student="smollm2-10", arms=CORE_ARMS, core=True),
+        Block(task="disfl_qa", student=healed, arms=CORE_ARMS, core=True),
+        Block(task="xsum", student=healed, arms=CORE_ARMS, core=True),
+        Block(task="wikipedia", student="smollm2-10", arms=STRONGER_ARMS),
+    ]
+    blocks += [
+        Block(task="wikipedia", student="smollm2-10", arms=("mapped",), k_ids=k_ids, tuned=False)
+        for k_ids in (64, 4, 32, 8)
+    ]
+    # The paper's regime: a whole student, a small set, several epochs, answers that the teacher wrote.
+    blocks += [
+        Block(task="disfl_qa", student=whole, arms=("ce", "uld", "uld positional", "mapped"), answers=answers)
+        for answers in ("teacher", "given")
+    ]
+    blocks.append(Block(task="wikipedia", student="smollm2-10", arms=OTHER_ARMS))
+    blocks += [
+        Block(task=task, student=student, arms=("ce", "mapped", "uld"), fraction=fraction, tuned=False)
+        for task, student in (("disfl_qa", healed), ("wikipedia", "smollm2-10"))
+        for fraction in (0.25, 0.5)
+    ]
+    blocks += [
+        Block(task=task, student=student, arms=CORE_ARMS)
+        for task in ("pubmed_qa", "boolq", "narrative_qa", "dialogues")
+        for student in (healed, whole)
+    ]
+    blocks += [Block(task=task, student=whole, arms=CORE_ARMS) for task in ("wikipedia", "xsum")]
+    return tuple(blocks)
+
+
+BLOCKS = _blocks()
+
+
+def cells_of(block: Block, scale: str, rows: Sequence[Row]) -> Iterator[Cell]:
+    """The cells of a block in the order in which they are measured."""
+    rates = rates_of(scale, block.student)
+    middle_first = sorted(rates, key=lambda rate: rate != rates[len(rates) // 2])
+    if block.tuned:
+        for rate in middle_first:
+            for arm in block.arms:
+                yield _cell(block, scale, arm, rate, 0)
+    for seed in block.seeds[1:] if block.tuned else block.seeds:
+        for arm in block.arms:
+            tuned = block if block.tuned else replace(block, k_ids=DEFAULT_K_IDS, fraction=1.0)
+            rate = best_rate([_cell(tuned, scale, arm, rate, 0) for rate in rates], rows)
+            yield _cell(block, scale, arm, rate, seed)
+
+
+def best_rate(tried: Sequence[Cell], rows: Sequence[Row]) -> float | None:
+    """The learning rate of the fewest validation bits per byte; None before all of `tried` have rows."""
+    bits = {tuple(row[name] for name in KEY): float(row["validation_bits_per_byte"]) for row in rows}
+    if any(cell.key not in bits for cell in tried):
+        return None
+    return min(tried, key=lambda cell: bits[cell.key]).learning_rate
+
+
+def _cell(block: Block, scale: str, arm: str, rate: float | None, seed: int) -> Cell:
+    varied = {name: getattr(block, name) for name in ("task", "student", "answers", "k_ids", "fraction")}
+    return Cell(scale=scale, arm=arm, learning_rate=rate, seed=seed, **varied)
+
+
+def _spelled(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
