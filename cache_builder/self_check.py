@@ -22,11 +22,11 @@ from storage_specs.errors import DriftError, EngineError
 from storage_specs.windows import Window
 
 DEFAULT_TOKENS = 512
-# (median difference of the gold log-probability in nats, 99th percentile of those of sorted probabilities): about four
-# times, in float32 thirty times, the larger of two real models' (scripts/drift_table.py, scripts/results/drift.csv;
-# Gemma-3-270M and SmolLM2-135M through vLLM and transformers: float32 3.8e-6 and 1.6e-6; bfloat16 with a bfloat16 head
-# 0.023 and 8.6e-3, with a float32 one 0.015 and 5.6e-3; float16 F16G and F16P).
-LIMITS = {"float32": (1e-4, 5e-5), "bfloat16": (0.1, 0.035), "float16": (0.02, 0.008)}
+# (median difference of the gold log-probability in nats, 99th percentile of those of sorted probabilities): four times,
+# in float32 thirty times, the larger of two real models' (scripts/drift_table.py, scripts/results/drift.csv:
+# Gemma-3-270M and SmolLM2-135M through vLLM and transformers; float32 3.8e-6 and 1.6e-6; bfloat16 0.023 and 8.6e-3 with
+# a bfloat16 head, 0.015 and 5.6e-3 with a float32 one). float16 rounds more finely and has bfloat16's until it is run.
+LIMITS = {"float32": (1e-4, 5e-5), "bfloat16": (0.1, 0.035), "float16": (0.1, 0.035)}
 LARGEST_REFERENCE = 64e9  # bytes of float32 weights: larger ones take minutes to load, while the GPUs wait
 SHARE_OF_MEMORY = 0.7
 WEIGHT_BYTES = 2  # per parameter in the files; quantised ones are larger in float32 than this says, and rarely load
