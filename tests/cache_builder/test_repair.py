@@ -1,10 +1,13 @@
 """`repair` with a teacher: the damaged shards are scored again, under new names, with the cache's own settings."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_teacher import files_of, make_tiny_teacher, write_corpus
 
 from cache_builder import shard_worker
@@ -13,7 +16,9 @@ from cache_builder.builder import build
 from cache_builder.main import main
 from cache_builder.pipeline import Job, OpenShard
 from cache_builder.repair import repair
-from storage_specs.errors import CacheMismatchError, ConfigError, CorpusError
+from distill.checkpoint import read_record, write_record
+from distill.main import main as distill
+from storage_specs.errors import CacheMismatchError, CheckpointError, ConfigError, CorpusError, CorruptCacheError
 from storage_specs.reader import open_cache
 from storage_specs.verification import verify_cache
 
@@ -209,3 +214,30 @@ def test_a_repaired_cache_is_merged_and_extended_like_any_other(config: BuildCon
     assert {name: after[name] for name in before if name.startswith("shards/") and not name.endswith(".json")} == {
         name: data for name, data in before.items() if name.startswith("shards/") and not name.endswith(".json")
     }
+
+
+def test_a_students_run_goes_on_with_the_repaired_cache(config: BuildConfig, tmp_path: Path) -> None:
+    """Only when told so, and then to the very weights of a run on a cache that was never damaged."""
+    cache, straight, resumed = Path(config.output), tmp_path / "straight", tmp_path / "resumed"
+
+    def train(output: Path, *more: str) -> int:
+        flags = ["train", "--model_name_or_path", config.teacher, "--cache", str(cache), "--output_dir", str(output)]
+        flags += ["--max_length", "24", "--max_steps", "4", "--save_steps", "2", "--per_device_train_batch_size", "2"]
+        return distill([*flags, "--learning_rate", "1e-2", "--loss", "ce:1,uld:1,mapped:1", "--use_cpu", *more])
+
+    assert train(straight) == 0
+    shutil.copytree(straight / "checkpoint-2", resumed / "checkpoint-2")
+    write_record(resumed, {"run": read_record(straight)["run"], "finished": False})
+    damage(cache, 0)
+    with pytest.raises(CorruptCacheError):
+        train(tmp_path / "new")
+    repair(cache, flags_of(config))
+    with pytest.raises(CheckpointError, match="--accept_repaired"):
+        train(resumed)
+    assert train(resumed, "--accept_repaired") == 0
+    weights = [load_file(folder / "model.safetensors") for folder in (straight, resumed)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not all(
+        torch.equal(load_file(Path(config.teacher) / "model.safetensors")[n], w) for n, w in weights[0].items()
+    )
