@@ -26,9 +26,11 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy, pad
 
+from distill.config import DistillationConfig
 from distill.fused import row_losses
 from distill.linear import linear_uld_loss
 from distill.losses import TeacherRows
+from distill.step_loss import StepLoss
 
 RESULTS = Path(__file__).parent / "results" / "loss.csv"
 FIELDS = ("case", "what", "rows", "vocabulary", "dtype", "k", "median_ms", "p10_ms", "p90_ms", "extra_gib", "machine")
@@ -37,6 +39,8 @@ FIELDS += ("torch", "triton")
 CUDA_SHAPES = ((4096, 151_936, 128_256), (4096, 49_152, 151_936), (2048, 262_144, 151_936))
 CPU_SHAPES = ((512, 49_152, 262_144),)
 K, IDS, BINS, HIDDEN = 64, 16, 16, 2048
+# Whole steps of the trainer's, against the first.
+MIXTURES = ("ce:1", "ce:1,uld:1.5", "ce:1,mapped:1", "ce:1,hybrid:1", "ce:1,likelihood:1", "ce:1,kl:1", "ce:1,jsd:1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +172,28 @@ def ours(
     backward(inputs, sum(parts))
 
 
+def mixture(inputs: Inputs, loss: str) -> Callable[[], None]:
+    """A step's loss as the trainer computes it; every row is a label and compared, chunks are of two tokens."""
+    config = DistillationConfig(output_dir="unused", loss=loss, use_cpu=not inputs.logits_NV.is_cuda)
+    step, device, rows = StepLoss(config), inputs.logits_NV.device, len(inputs.logits_NV)
+    every_N, nothing_N = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
+    batch = {
+        "label_index_R": every_N,
+        "label_ids_R": inputs.labels_N,
+        "label_sample_R": nothing_N,
+        "student_index_N": every_N,
+        "sample_N": nothing_N,
+        "teacher_probs_NK": inputs.teacher.probs_NK,
+        "teacher_tail_N": inputs.teacher.tail_N,
+        "words_NI": inputs.words_NI,
+        "chunk_index_M": every_N,
+        "chunk_M": every_N // 2,
+        "chunk_gold_G": torch.full((rows // 2,), -4.0, device=device),
+        "chunk_sample_G": nothing_N[: rows // 2],
+    }
+    return lambda: backward(inputs, step.terms(inputs.logits_NV, batch).sum() / rows)
+
+
 def in_place(inputs: Inputs) -> Callable[[], None]:
     """Gradient over the logits: their values are lost, so a run starts from what the last one left."""
     spare_NV = inputs.logits_NV.detach().clone()
@@ -201,6 +227,9 @@ def bench_given_logits(bench: Bench, shape: tuple[int, int, int], cases: set[str
         bench.measure("uld", "trl ops", inputs, lambda: trl_ops(inputs))
     if "all" in cases:
         bench.measure("all", "ours, ce + uld + mapped", inputs, lambda: ours(inputs, ce=True, mapped=True))
+    if "mixtures" in cases:
+        for loss in MIXTURES:
+            bench.measure("mixtures", loss, inputs, mixture(inputs, loss))
     if shape != CUDA_SHAPES[0]:
         return
     if "all" in cases:
@@ -288,6 +317,9 @@ def bench_cpu(bench: Bench) -> None:
                 run = lambda options=options: ours(inputs, **options)  # noqa: B023, E731
                 median = bench.measure("uld", name, inputs, run, seconds=3)
                 print(f"{'':9s} = {median / base:.2f} x cross entropy")
+            for loss in MIXTURES:
+                median = bench.measure("mixtures", loss, inputs, mixture(inputs, loss), seconds=3)
+                print(f"{'':9s} = {median / base:.2f} x cross entropy")
             bench.measure("uld", "trl ops", inputs, lambda: trl_ops(inputs), seconds=1)  # noqa: B023
 
 
@@ -302,7 +334,7 @@ def _triton_version() -> str:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
-    parser.add_argument("--cases", default="floor,ce,uld,all,compiled,linear", help="comma-separated (CUDA)")
+    parser.add_argument("--cases", default="floor,ce,uld,all,mixtures,compiled,linear", help="comma-separated (CUDA)")
     parser.add_argument("--shapes", type=int, default=len(CUDA_SHAPES), help="how many of the shapes (CUDA)")
     parser.add_argument("--tune", action="store_true", help="sweep the kernels' sizes instead (CUDA)")
     parser.add_argument("--output_file", type=Path, default=RESULTS)
