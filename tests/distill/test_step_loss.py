@@ -1,6 +1,8 @@
 """Every mixture is its definition: naive float64 losses over a batch's columns, however the step is cut up."""
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,3 +161,43 @@ def test_losses_on_the_same_words_want_the_teachers_tokenizer(cache_path, chat_c
         cache = open_cache(chat_cache_path)
         batch = DistillationCollator(smollm2_tokenizer, config(tmp_path, loss=loss), cache)([cache[0]])
         assert batch["words_NI"].tolist() == cache[0].token_ids.tolist()
+
+
+WAITING = ("item", "tolist", "nonzero", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
+
+
+@pytest.mark.parametrize("loss", ["ce:1,uld:1.5", "ce:1,mapped:1,likelihood:0.5", "ce:1,hybrid:1"])
+def test_a_steps_loss_asks_no_tensor_for_its_value(cache_path, student_path, tmp_path, monkeypatch, loss):
+    """On a GPU every such question would wait for it; the first step may ask, whether the head can be thinned.
+
+    What transformers asks (about masks) stock training asks too. `FiniteLosses` asks when the next loss is queued; on
+    a CPU, where nothing is, at once.
+    """
+    one, asked = trainer(cache_path, student_path, tmp_path, loss=loss, max_steps=3, logging_steps=10), []
+    inside = False
+
+    def noted(name: str):
+        real = getattr(torch.Tensor, name)
+
+        def ask(self, *arguments, **options):
+            if inside and Path(sys._getframe(1).f_code.co_filename).parent.name == "distill":
+                asked.append((one.state.global_step, name))
+            return real(self, *arguments, **options)
+
+        return ask
+
+    real_terms = one._terms
+
+    def terms(*arguments, **options):
+        nonlocal inside
+        inside = True
+        try:
+            return real_terms(*arguments, **options)
+        finally:
+            inside = False
+
+    for name in WAITING:
+        monkeypatch.setattr(torch.Tensor, name, noted(name))
+    monkeypatch.setattr(one, "_terms", terms)
+    one.train()
+    assert {step for step, _ in asked} == {0}
