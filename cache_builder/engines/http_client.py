@@ -9,7 +9,8 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -48,10 +49,15 @@ class HttpClient:
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         self._client = httpx.Client(base_url=base_url.rstrip("/") + "/", headers=headers, timeout=timeout)
         self._stopped = threading.Event()
+        self._under_way, self._counting = 0, threading.Lock()
         self.sleep: Callable[[float], Any] = self._stopped.wait
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The answer's JSON object. Raises EngineError once trying again is hopeless."""
+        with self._counted():
+            return self._post(path, body)
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         for attempt in range(ATTEMPTS):
             wait: float | None = None
             try:
@@ -84,9 +90,23 @@ class HttpClient:
         )
 
     def close(self) -> None:
-        """End waiting requests' patience; those under way are not cut off."""
+        """End waiting requests' patience; those under way are not cut off, and the last of them closes connections."""
         self._stopped.set()
-        self._client.close()
+        with self._counting:
+            if not self._under_way:
+                self._client.close()
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        with self._counting:
+            self._under_way += 1
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._under_way -= 1
+                if self._stopped.is_set() and not self._under_way:
+                    self._client.close()
 
     def _said(self, answer: Any) -> str:
         try:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +251,20 @@ def test_no_key_no_header(monkeypatch: pytest.MonkeyPatch) -> None:
         assert client.post("completions", {}) == {}
         client.close()
     assert "Authorization" not in server.requests[0][1]
+
+
+def test_what_is_under_way_ends_before_connections_are_closed() -> None:
+    """A build that stops does not wait for slow answers; the last of them leaves no socket open behind."""
+    with endpoint(lambda *_: Answer(body={"slow": True}, seconds=0.3)) as server:
+        client = HttpClient(server.base_url, None, 30)
+        with ThreadPoolExecutor(2) as threads:
+            slow = [threads.submit(client.post, "x", {}) for _ in range(2)]
+            while len(server.requests) < 2:
+                time.sleep(0.01)
+            client.close()
+            assert not client._client.is_closed
+            assert [one.result() for one in slow] == [{"slow": True}] * 2
+        assert client._client.is_closed
+        idle = HttpClient(server.base_url, None, 30)
+        idle.close()
+        assert idle._client.is_closed
