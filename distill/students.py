@@ -1,7 +1,6 @@
 """A student on this machine: its tokenizer, its weights whole or not at all, its adapters, its digest."""
 
 import hashlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ def load_model(name: str, dtype: str) -> transformers.PreTrainedModel:
     if is_adapter(name):
         return _with_merged_adapters(name, dtype)
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
-    kind = AutoModelForSeq2SeqLM if getattr(load_config(name), "is_encoder_decoder", False) else AutoModelForCausalLM
+    kind = _kind_of(load_config(name))
     try:
         model, loading = kind.from_pretrained(name, dtype=wanted, output_loading_info=True)
     except Exception as error:  # every file format has errors of its own
@@ -65,9 +64,8 @@ def is_adapter(name: str) -> bool:
 
 
 def _with_merged_adapters(name: str, dtype: str) -> transformers.PreTrainedModel:
-    peft = _peft()
+    peft, base = _peft(), _base_of(name)
     try:
-        base = peft.PeftConfig.from_pretrained(name).base_model_name_or_path
         return peft.PeftModel.from_pretrained(load_model(base, dtype), name).merge_and_unload()
     except ConfigError as error:
         raise ConfigError(f"the adapters {name}: {error}") from error
@@ -117,10 +115,10 @@ def student_digest(name: str) -> str:
         raise ConfigError(
             f"{name} holds LoRA adapters and no model: train from the model that they belong to, or merge them first"
         )
+    if not Path(name).is_dir():
+        return model_folder(name).name
     try:
-        if Path(name).is_dir():
-            return model_digest(Path(name))
-        return Path(transformers.utils.cached_file(name, "config.json")).parent.name
+        return model_digest(Path(name))
     except (OSError, ValueError) as error:
         raise ConfigError(f"the model {name} cannot be read: {error}") from error
 
@@ -130,8 +128,7 @@ def evaluated_digest(name: str) -> str:
     if not is_adapter(name):
         return student_digest(name)
     folder = Path(name)
-    base = json.loads((folder / ADAPTER_CONFIG).read_bytes()).get("base_model_name_or_path")
-    parts = [file_digest(folder / ADAPTER_CONFIG), weights_digest(folder), student_digest(str(base))]
+    parts = [file_digest(folder / ADAPTER_CONFIG), weights_digest(folder), student_digest(_base_of(name))]
     return hashlib.sha256(canonical_json(parts)).hexdigest()
 
 
@@ -147,9 +144,20 @@ def model_folder(name: str) -> Path:
 
 def parameter_count(name: str) -> int:
     """How many parameters a model has, without its weights."""
-    config = load_config(
-        name if not is_adapter(name) else _peft().PeftConfig.from_pretrained(name).base_model_name_or_path
-    )
-    kind = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+    config = load_config(_base_of(name) if is_adapter(name) else name)
     with torch.device("meta"):
-        return kind.from_config(config).num_parameters()
+        return _kind_of(config).from_config(config).num_parameters()
+
+
+def _kind_of(config: Any) -> type:
+    """The class that loads a model of this configuration."""
+    return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+
+
+def _base_of(adapters: str) -> str:
+    """The model that LoRA adapters belong to. Raises ConfigError."""
+    peft = _peft()
+    try:
+        return str(peft.PeftConfig.from_pretrained(adapters).base_model_name_or_path)
+    except Exception as error:  # peft's, JSON's
+        raise ConfigError(f"the adapters {adapters} cannot be loaded: {error}") from error

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.commands.flags import add_cache, count, read_template
+from distill.commands.flags import add_cache, check_file, count, read_template
 from storage_specs.command_line import Parser, parse
 
 
@@ -26,12 +26,15 @@ def align_report_parser() -> Parser:
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Run the command; returns the exit code. Raises ConfigError, and what reading a cache raises."""
     namespace, _ = parse(align_report_parser(), arguments)
+    check_file("--html", namespace.html)
     template = read_template(namespace.chat_template)
     from distill.alignment_report import alignment_report
     from distill.dataset import CachedDocuments
     from distill.report_format import as_html, as_text
     from distill.students import load_tokenizer
+    from distill.text_files import write_text
     from storage_specs.reader import open_cache
 
     cache = open_cache(namespace.cache, corpus=namespace.corpus)
@@ -45,7 +48,6 @@ def run(arguments: Sequence[str]) -> int:
     )
     print(json.dumps(facts, indent=2, ensure_ascii=False) if namespace.json else as_text(facts))
     if namespace.html is not None:
-        namespace.html.parent.mkdir(parents=True, exist_ok=True)
         title = f"{documents.cache.manifest.teacher.get('name')} to {namespace.student}"
-        namespace.html.write_text(as_html(facts, title), encoding="utf8")
+        write_text(namespace.html, as_html(facts, title))
     return 0
