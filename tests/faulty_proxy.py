@@ -40,9 +40,11 @@ class FaultyProxy:
         self.requests: Counter[tuple[str, str]] = Counter()
         self.drop_headers: set[str] = set()  # of requests, in lower case
         self.delay_seconds = 0.0
+        self.connections: set[tuple[str, int]] = set()  # open ones, by the client's address
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
         self.server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
+        self.server.proxy = self
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02})
         self.thread.start()
@@ -67,6 +69,20 @@ class FaultyProxy:
                     return fault.kind
         return None
 
+    def settle(self, others: set[tuple[str, int]]) -> None:
+        """Wait until every connection but `others` is at its end: a killed client's last requests still arrive.
+
+        One request of our own comes first: whatever a dead client had in the queue before it is accepted by then.
+        """
+        probe = http.client.HTTPConnection(*self.server.server_address[:2])
+        probe.request("GET", "/")
+        probe.getresponse().read()
+        probe.close()
+        deadline = time.monotonic() + 60
+        while self.connections - others:
+            assert time.monotonic() < deadline, f"still open: {self.connections - others}"
+            time.sleep(0.005)
+
     def stop(self) -> None:
         self.server.shutdown()
         self.server.server_close()
@@ -74,8 +90,19 @@ class FaultyProxy:
 
 
 class _Server(ThreadingHTTPServer):
+    proxy: FaultyProxy
     daemon_threads = True
     request_queue_size = 128
+
+    def process_request(self, request: socket.socket, client_address: tuple[str, int]) -> None:
+        self.proxy.connections.add(client_address)
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: socket.socket, client_address: tuple[str, int]) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.proxy.connections.discard(client_address)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that went away is none of ours."""

@@ -30,6 +30,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory, teacher: Path, wiki_texts: l
 
 def kill(flags: list[str], place: str, s3: S3, records: int, delay: float) -> None:
     """SIGKILL a build `delay` seconds after it has written that many commit records."""
+    others = set(s3.proxy.connections)
     s3.proxy.delay_seconds = 0.05  # so that it is still at work, however late we look
     command = [sys.executable, "-m", "cache_builder", *flags, "--output", place]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
@@ -41,6 +42,7 @@ def kill(flags: list[str], place: str, s3: S3, records: int, delay: float) -> No
     process.kill()
     assert process.wait() == -signal.SIGKILL
     s3.proxy.delay_seconds = 0.0
+    s3.proxy.settle(others)
 
 
 def test_killed_builds_resume_to_the_bytes_of_a_folder(
