@@ -172,7 +172,7 @@ def test_an_evaluation_killed_and_resumed(student_path, questions, tmp_path):
     assert not resumed.exists()
     assert kept.count(b"\n") - 1 < len(questions)
     partial.write_bytes(kept + b'{"id": "1", "te')  # as a power cut would leave it
-    with pytest.raises(EvaluationError, match=r"unfinished evaluation \(max_new_tokens 24, now 25\)"):
+    with pytest.raises(EvaluationError, match=r"unfinished work \(max_new_tokens 24, now 25\)"):
         main([*flags, "--max_new_tokens", "25", "--output_file", str(resumed)])
     partial.write_bytes(kept + b'{"id": "1"}\n')
     with pytest.raises(EvaluationError, match="is damaged"):
@@ -246,8 +246,10 @@ def test_answers_are_never_written_again(tmp_path):
             AnswerFile(path, {"task": "t"})
         assert path.read_bytes() == damaged
     path.write_bytes(b'{"task"')  # killed while it was begun
-    assert AnswerFile(path, {"task": "t"}).answers == {}
-    assert json.loads(path.read_bytes()) == {"task": "t"}
+    file = AnswerFile(path, {"task": "t"})
+    assert (file.answers, path.read_bytes()) == ({}, b"")
+    file.add([Answer(id="1", text="a\u2028b"), Answer(id="2", text="")])
+    assert path.read_bytes() == kept
     for damaged in ("[]", "{}", "{"):
         path.write_text(damaged)
         with pytest.raises(EvaluationError, match="is damaged"):
