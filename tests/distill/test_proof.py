@@ -17,9 +17,10 @@ from cache_making import tiny_student, write_cache
 from proof_cell import Laboratory, measure, train_once
 from proof_documents import View, shuffled_rows
 from proof_grid import ARMS, BLOCKS, KEY, RATES, Block, Cell, best_rate, cells_of
-from proof_rows import append_row, read_rows
+from proof_rows import append_row
 from proof_stages import Stages
 from proof_teacher import NO_LABEL, example_of, padded
+from result_table import read_rows
 from transformers import AutoModelForCausalLM
 
 from storage_specs import completion_document, open_cache, text_document
