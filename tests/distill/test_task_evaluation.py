@@ -328,6 +328,10 @@ def test_check_command(tmp_path, capsys):
     assert main([*flags, "--max-drop", "1.0"]) == 1
     assert "1 of 1 fell by more than 1" in capsys.readouterr().out
     assert main([*flags, "--max-drop", "3.5"]) == 0
+    assert capsys.readouterr().err == ""
+    write_report(paths[1], replace(after, dtype="bfloat16"))
+    assert main([*flags, "--max-drop", "3.5"]) == 0
+    assert "now in bfloat16: small changes may come from rounding" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="max_drop"):
         main([*flags, "--max-drop", "nan"])
     (model,) = after.models.values()
@@ -336,7 +340,11 @@ def test_check_command(tmp_path, capsys):
             replace(after, subjects={"task": {"name": "u", "digest": "e"}}),
             "task: name 't', now 'u'; digest 'd', now 'e'",
         ),
-        (replace(after, subjects={"cache": {"cache_id": "c"}}), "subjects"),
+        (replace(after, subjects={"cache": {"cache_id": "c"}}), "measured: subjects ['task'], now ['cache']"),
+        (
+            replace(after, subjects={"task": {"name": "t", "digest": "d", "chat_template_kwargs": {"thinking": True}}}),
+            "task: chat_template_kwargs None, now {'thinking': True}",
+        ),
         (replace(after, models={"n": model}), "other models: m, now n"),
         (replace(after, models={"m": replace(model, parameters=2)}), "model m: parameters 1, now 2"),
         (
