@@ -127,8 +127,10 @@ def build_summary(report: "BuildReport", path: str | os.PathLike[str]) -> str:
     if report.shards_written:
         speed = f"; {work.tokens:,} tokens in {report.seconds:.1f} s, {work.tokens / report.seconds:,.0f} tok/s"
         did = f"wrote {report.shards_written:,} shards{speed}"
-    else:
+    elif report.manifest is not None:
         did = "already complete, nothing to do"
+    else:
+        did = "no shard of this range is missing, nothing to do"
     if report.manifest is None:
         return (
             f"{path}: {did}\n{report.shards_missing:,} shards of other ranges are missing; who writes the last ends it"

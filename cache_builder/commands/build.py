@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -116,9 +117,12 @@ def engine_argument_names() -> list[str]:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, found {text} ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, found {text}")
+        raise argparse.ArgumentTypeError(f"expected a JSON object, found {text}")
     return value
 
 
@@ -127,7 +131,8 @@ def _roles(text: str) -> tuple[str, ...]:
 
 
 def _shard_range(text: str) -> tuple[int, int | None]:
-    start, colon, stop = text.partition(":")
-    if not colon:
-        raise ValueError(f"expected A:B, found {text}")
+    numbers = re.fullmatch(r"(\d*):(\d*)", text, re.ASCII)
+    if numbers is None:
+        raise argparse.ArgumentTypeError(f"expected A:B, two whole numbers, found {text}")
+    start, stop = numbers.groups()
     return int(start or 0), int(stop) if stop else None

@@ -4,6 +4,7 @@ distill check --baseline last.json --report now.json --max-drop 1.0
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,10 @@ def run(arguments: Sequence[str]) -> int:
 
 def _drop(text: str) -> float:
     """A number that is not negative."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not value >= 0:
-        raise argparse.ArgumentTypeError(f"{text}: must not be negative")
+        raise argparse.ArgumentTypeError(f"{text}: must be a number that is not negative")
     return value

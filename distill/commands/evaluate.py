@@ -6,7 +6,16 @@ distill evaluate --cache my-cache --task questions.jsonl --model before=student 
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.commands.flags import add_cache, add_template, check_file, count, json_object, models_of, read_template
+from distill.commands.flags import (
+    add_cache,
+    add_template,
+    check_file,
+    count,
+    count_or_none,
+    json_object,
+    models_of,
+    read_template,
+)
 from storage_specs.command_line import Parser, parse
 from storage_specs.errors import ConfigError
 
@@ -47,7 +56,7 @@ def evaluate_parser() -> Parser:
     add("--lm_eval_limit", type=count, metavar="N", help="take the first N documents of each of its tasks")
     add(
         "--lm_eval_num_fewshot",
-        type=int,
+        type=count_or_none,
         metavar="N",
         help="examples in front of each document (the task's)",
     )

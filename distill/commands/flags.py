@@ -31,6 +31,13 @@ def count(text: str) -> int:
     return value
 
 
+def count_or_none(text: str) -> int:
+    """A whole number, 0 included."""
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{value}: must not be negative")
+    return value
+
+
 def json_object(flag: str, value: str | dict[str, Any] | None) -> dict[str, Any] | None:
     """A flag's JSON object, or a config file's mapping."""
     try:

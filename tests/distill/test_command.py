@@ -240,6 +240,7 @@ def test_a_students_chat_template_is_saved_and_used(chat_cache_path, student_pat
         ["--chat_template", "nowhere.jinja"],
         ["--chat_template_kwargs", "{"],
         ["--chat_template_kwargs", "[]"],
+        ["--lm_eval_num_fewshot", "-1"],
     ],
     ids=str,
 )

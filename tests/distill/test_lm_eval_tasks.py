@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from distill.evaluation.lm_eval_tasks import LmEvalTasks, _metrics, lm_eval_metrics
+from distill.evaluation.lm_eval_tasks import LmEvalTasks, _metrics, _quiet, lm_eval_metrics
 from distill.evaluation.report import read_report
 from distill.main import main
 from storage_specs.errors import ConfigError, EvaluationError
@@ -26,7 +26,7 @@ output_type: multiple_choice
 doc_to_text: "The capital of {{country}} is"
 doc_to_choice: "{{[right, wrong]}}"
 doc_to_target: 0
-metric_list: [{metric: acc}, {metric: f1}]
+metric_list: [{metric: acc}]
 """
 ROLLING = """task: our_text
 output_type: loglikelihood_rolling
@@ -134,6 +134,12 @@ def test_in_a_report_and_taken_up_again(folder, student_path, tmp_path, monkeypa
     assert not metrics["our_text/bits_per_byte"].higher_is_better
     assert main(["check", "--baseline", str(tmp_path / "e.json"), "--report", str(tmp_path / "e.json")]) == 0
     assert [each.name for each in tmp_path.iterdir()] == ["e.json"]
+
+
+def test_lm_evals_remarks_are_not_ours(capsys):
+    with _quiet():
+        print("bootstrapping for stddev: f1_score")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_figures_that_are_no_numbers():

@@ -332,8 +332,9 @@ def test_check_command(tmp_path, capsys):
     write_report(paths[1], replace(after, dtype="bfloat16"))
     assert main([*flags, "--max-drop", "3.5"]) == 0
     assert "now in bfloat16: small changes may come from rounding" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="max_drop"):
-        main([*flags, "--max-drop", "nan"])
+    for wrong in ("nan", "-1", "much"):
+        with pytest.raises(ConfigError, match=r"max_drop: .*: must be a number that is not negative"):
+            main([*flags, f"--max-drop={wrong}"])
     (model,) = after.models.values()
     for other, match in (
         (
