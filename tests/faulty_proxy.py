@@ -58,7 +58,8 @@ class FaultyProxy:
 
     def count(self, method: str, path: str = ".*") -> int:
         """How many requests of that method matched so far."""
-        return sum(n for (verb, where), n in self.requests.items() if verb == method and re.search(path, where))
+        with self.lock:  # others come in while we count
+            return sum(n for (verb, where), n in self.requests.items() if verb == method and re.search(path, where))
 
     def fault_of(self, method: str, path: str) -> str | int | None:
         with self.lock:
