@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from building import ROOT, children, digests, records, slow_disk, start_build, wait_until
+from building import ROOT, children, digests, late_replicas, records, slow_disk, start_build, wait_until
 from safetensors.torch import load_file, save_file
 from tiny_teacher import write_corpus
 
@@ -70,13 +70,17 @@ def test_a_replica_that_is_killed_loses_only_what_it_had_open(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output = tmp_path / "cache"
-    for name, value in slow_disk(tmp_path / "slow", SYNC_SECONDS).items():
+    slow = slow_disk(tmp_path / "slow", SYNC_SECONDS, output, most=5)
+    for name, value in slow.environment.items():
         monkeypatch.setenv(name, value)
 
     def kill_one() -> int:
         wait_until(lambda: len(records(output)) >= 3)
-        first, _ = replicas_of(os.getpid())
-        os.kill(first, signal.SIGKILL)
+        try:
+            first, _ = replicas_of(os.getpid())
+            os.kill(first, signal.SIGKILL)
+        finally:
+            slow.open()
         return first
 
     with ThreadPoolExecutor(1) as threads:
@@ -91,12 +95,14 @@ def test_ctrl_c_ends_replicas_too_and_two_of_them_resume_to_the_same_bytes(
     flags: list[str], alone: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     output, two = tmp_path / "cache", [*flags, "--data-parallel-size", "2"]
-    process = start_build(two, output, slow_disk(tmp_path / "slow", SYNC_SECONDS))
+    slow = slow_disk(tmp_path / "slow", SYNC_SECONDS, output, most=3)
+    process = start_build(two, output, slow.environment)
     wait_until(lambda: len(records(output)) >= 2, process)
     inside = replicas_of(process.pid)
     for one in (process.pid, *inside):  # a terminal sends it to all of them
         os.kill(one, signal.SIGINT)
-    _, err = process.communicate(timeout=100)
+    slow.open()
+    _, err = process.communicate(timeout=200)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert len(inside) == 2
@@ -115,12 +121,14 @@ def test_ctrl_c_ends_replicas_too_and_two_of_them_resume_to_the_same_bytes(
 
 def test_ctrl_c_before_replicas_have_started(flags: list[str], tmp_path: Path) -> None:
     """They still import what they need, and must not answer with a traceback each."""
-    process = start_build([*flags, "--data-parallel-size", "2"], tmp_path / "cache")
+    late = late_replicas(tmp_path / "late")
+    process = start_build([*flags, "--data-parallel-size", "2"], tmp_path / "cache", late.environment)
     wait_until(lambda: len(replicas_of(process.pid)) == 2, process)
     inside = replicas_of(process.pid)
     for one in (process.pid, *inside):
         os.kill(one, signal.SIGINT)
-    _, err = process.communicate(timeout=100)
+    late.open()
+    _, err = process.communicate(timeout=200)
     assert process.returncode == 130, err
     assert err.splitlines() == ["interrupted: what was finished is kept; run the same command again to resume"]
     assert not any(Path(f"/proc/{child}").exists() for child in inside)
