@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from storage_specs.disk_cache import _locked
 from storage_specs.errors import CacheInUseError
-from storage_specs.lease import commit_turn, lease
+from storage_specs.lease import lease
 from storage_specs.objects import open_objects
 
 HOLD = (
@@ -97,9 +96,6 @@ def test_a_process_that_was_forked_meanwhile_keeps_no_lock(tmp_path: Path) -> No
             descriptor = os.open(place, os.O_RDONLY)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.close(descriptor)
-        objects = open_objects(tmp_path)
-        with lease(objects), commit_turn(objects), _locked(tmp_path / "disk"):
-            pass
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
