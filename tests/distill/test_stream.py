@@ -4,9 +4,11 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,36 +116,54 @@ def test_prefetching_is_bounded_ordered_and_ends():
 
 
 def test_prefetching_raises_in_turn_and_tells_how_long_it_was_waited_for():
+    waiting, behind_first = threading.Event(), threading.Event()
+
     def source():
         yield 1
+        waiting.clear()
+        behind_first.set()
+        waiting.wait()
         time.sleep(0.2)
         raise CorruptCacheError("broken")
 
+    began = time.perf_counter()
     ahead = Prefetched(source())
+    get = ahead._ready.get
+    ahead._ready.get = lambda: (waiting.set(), get())[1]
     assert next(ahead) == 1
+    assert behind_first.wait(300)
     for _ in range(2):
         with pytest.raises(CorruptCacheError, match="broken"):
             next(ahead)
-    assert 0.1 < ahead.waited < 5
+    assert 0.2 <= ahead.waited <= time.perf_counter() - began
 
 
-def test_the_log_tells_what_waiting_for_data_costs(cache_path, student_path, tmp_path, monkeypatch):
-    slow, real = [], CachedDocuments.__getitems__
+@pytest.mark.parametrize(("waiting", "share"), [(0.0, 0.0), (3.0, 0.75)])
+def test_the_log_tells_what_waiting_for_data_costs(cache_path, student_path, tmp_path, monkeypatch, waiting, share):
+    """By a clock that only waiting and computing move: so many seconds for each batch, and one for each step."""
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
 
-    def getitems(self, indices):
-        if slow:
-            time.sleep(1.0)
-        return real(self, indices)
+    class Waited(Prefetched):
+        def __next__(self):
+            item = super().__next__()
+            clock.now += waiting
+            self.waited += waiting
+            return item
 
-    monkeypatch.setattr(CachedDocuments, "__getitems__", getitems)
-    waits = []
-    for _ in range(2):
-        one = trainer(cache_path, student_path, tmp_path, max_steps=5, loss="ce:1", logging_steps=5)
-        one.train()
-        waits.append(next(line["data_wait"] for line in one.state.log_history if "data_wait" in line))
-        slow.append(True)
-    assert 0 <= waits[0] < waits[1] <= 1
-    assert waits[1] > 0.2
+    for module in ("prefetch", "step_log"):
+        monkeypatch.setattr(f"distill.{module}.time", clock)
+    monkeypatch.setattr("distill.trainer.Prefetched", Waited)
+    one = trainer(cache_path, student_path, tmp_path, max_steps=5, loss="ce:1", logging_steps=5)
+    compute_loss = one.compute_loss
+
+    def computed(*arguments, **options):
+        clock.now += 1
+        return compute_loss(*arguments, **options)
+
+    one.compute_loss = computed
+    one.train()
+    assert [line["data_wait"] for line in one.state.log_history if "data_wait" in line] == [pytest.approx(share)]
 
 
 # ---- broken shards
