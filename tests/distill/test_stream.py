@@ -100,17 +100,17 @@ def test_prefetching_is_bounded_ordered_and_ends():
             made.append(number)
             yield number
 
-    ahead = Prefetched(source(), ahead=3)
+    ahead = Prefetched(source(), lambda item: item, ahead=3)
     time.sleep(0.3)
     assert len(made) <= 4  # three ready, one waiting for room
     assert list(ahead) == list(range(20))
     with pytest.raises(StopIteration):
         next(ahead)
     ahead.close()
-    endless = Prefetched(iter(int, 1), ahead=2)
+    endless = Prefetched(iter(int, 1), lambda item: item, ahead=2)
     assert next(endless) == 0
     endless.close()
-    assert not endless._thread.is_alive()
+    assert not any(thread.is_alive() for thread in endless._threads)
 
 
 def test_prefetching_raises_in_turn_and_tells_how_long_it_was_waited_for():
@@ -119,7 +119,7 @@ def test_prefetching_raises_in_turn_and_tells_how_long_it_was_waited_for():
         time.sleep(0.2)
         raise CorruptCacheError("broken")
 
-    ahead = Prefetched(source())
+    ahead = Prefetched(source(), lambda item: item)
     assert next(ahead) == 1
     for _ in range(2):
         with pytest.raises(CorruptCacheError, match="broken"):
