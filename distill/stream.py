@@ -1,4 +1,4 @@
-"""The batches of a run from any of its steps on, prepared ahead across epochs; where a run stands is its step number."""
+"""The batches of a run from any of its steps on, prepared ahead across epochs: a run stands at its step number."""
 
 from collections.abc import Callable, Sequence
 
