@@ -108,6 +108,9 @@ def test_prefetching_is_bounded_ordered_and_ends():
     assert list(ahead) == list(range(20))
     with pytest.raises(StopIteration):
         next(ahead)
+    for thread in ahead._threads:  # by themselves
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in ahead._threads)
     ahead.close()
     endless = Prefetched(iter(int, 1), lambda item: item, ahead=2)
     assert next(endless) == 0
