@@ -171,7 +171,8 @@ class DistillationConfig(TrainingArguments):
 
     def _choose_metric(self) -> None:
         """The only metric there is, and that less of it is better. Raises ConfigError for another."""
-        if self.metric_for_best_model is None and not self.load_best_model_at_end:
+        wanted = self.load_best_model_at_end or self.save_strategy == "best"
+        if self.metric_for_best_model is None and not wanted:
             return
         metric = (self.metric_for_best_model or METRIC).removeprefix("eval_")
         if metric != METRIC or self.greater_is_better:
