@@ -89,12 +89,14 @@ class Laboratory:
         return proof_tasks.documents(task, "validation", count), proof_tasks.documents(task, "test", count)
 
     def _baseline(self, task: str, student: str) -> "Baseline":
-        path = self.stages.folder / "baselines" / f"{task}-{student}-{self.stages.training(task).test}"
-
         def make(scratch: Path) -> None:
             (scratch / "scores").write_bytes(pickle.dumps(Baseline.of(self, task, student)))
 
-        self.stages.once(path, make)
+        stages = self.stages
+        training = stages.training(task)
+        settings = {name: getattr(training, name) for name in ("test", "max_length", "max_new_tokens")}
+        settings |= {"teacher": stages.cache_settings(task, "given"), "student": stages.student_settings(student)}
+        path = stages.once(stages.folder / "baselines" / f"{task}-{student}", settings, make)
         return pickle.loads((path / "scores").read_bytes())
 
     def _bytes_per_row(self, task: str, answers: str, k_ids: int) -> float:
@@ -224,6 +226,7 @@ def measure(laboratory: Laboratory, cell: Cell) -> dict[str, Any]:
     answers = proof_tasks.answer_scores(cell.task, model, tokenizer, training)
     del model
     gc.collect()  # a Trainer and its model hold each other; on a GPU that others share it matters
+    torch.cuda.empty_cache()
     metric = next(iter(answers), "")
     found |= trained | {
         "seconds": time.perf_counter() - began,

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from distill.evaluation.answering import Answering
 from distill.evaluation.bits_per_byte import bits_per_byte
-from distill.evaluation.evaluate import Evaluation, evaluate
+from distill.evaluation.evaluate import Evaluation, evaluate, usual_dtype
 from distill.evaluation.report import read_report
 from distill.evaluation.report_format import as_text
 from distill.scoring import Scores, score, shared_regions, summed, teacher_scores
@@ -149,7 +149,31 @@ def test_evaluate_a_cache(cache_path, student_path, tmp_path):
     before, teacher = (report.models[name].metrics["bits_per_byte"].value for name in ("before", "teacher"))
     assert before > teacher > 0
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["e.json"]
-    assert as_text(report).count("\n") == 4
+    assert as_text(report).count("\n") == 5
+    assert "models: weights in float32" in as_text(report)
+
+
+def test_weights_are_rounded_where_a_gpu_would_and_the_report_says_so(cache_path, student_path, tmp_path, monkeypatch):
+    def bits(output: str, **more: str) -> float:
+        found = evaluate(
+            Evaluation(
+                models={"s": str(student_path)},
+                cache=open_cache(cache_path),
+                max_documents=2,
+                how=Answering(max_length=128),
+                **more,
+            ),
+            tmp_path / output,
+        )
+        assert found.dtype == more.get("dtype", "float32")
+        return found.models["s"].metrics["bits_per_byte"].value
+
+    exact, rounded = bits("exact.json"), bits("rounded.json", dtype="bfloat16")
+    assert 0 < abs(rounded - exact) < 0.01 * exact
+    assert usual_dtype() == "float32"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert usual_dtype() == "bfloat16"
 
 
 def test_what_cannot_be_evaluated(cache_path, student_path, tmp_path):

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,18 +119,33 @@ def test_prefetching_is_bounded_ordered_and_ends():
     assert not any(thread.is_alive() for thread in endless._threads)
 
 
-def test_prefetching_raises_in_turn_and_tells_how_long_it_was_waited_for():
+def test_prefetching_raises_in_turn_and_tells_how_long_it_was_waited_for(monkeypatch):
+    """By a clock that moves only while the asker, who has looked at it, waits for what comes second."""
+    clock, go, asked = SimpleNamespace(now=0.0), threading.Event(), threading.Event()
+
+    def look():
+        now = clock.now
+        asked.set()
+        return now
+
     def source():
         yield 1
-        time.sleep(0.2)
+        go.wait()
+        asked.wait()
+        clock.now += 0.25
         raise CorruptCacheError("broken")
 
+    clock.perf_counter = look
+    monkeypatch.setattr("distill.prefetch.time", clock)
     ahead = Prefetched(source(), lambda item: item)
     assert next(ahead) == 1
+    asked.clear()
+    go.set()
     for _ in range(2):
         with pytest.raises(CorruptCacheError, match="broken"):
             next(ahead)
-    assert 0.1 < ahead.waited < 5
+    assert ahead.waited == 0.25
+    ahead.close()
 
 
 def test_batches_are_made_side_by_side_and_given_in_order():
@@ -235,23 +251,32 @@ def test_no_thread_outlives_a_run(many_shards_path, student_path, tmp_path, monk
     assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
-def test_the_log_tells_what_waiting_for_data_costs(cache_path, student_path, tmp_path, monkeypatch):
-    slow, real = [], CachedDocuments.__getitems__
+@pytest.mark.parametrize(("waiting", "share"), [(0.0, 0.0), (3.0, 0.75)])
+def test_the_log_tells_what_waiting_for_data_costs(cache_path, student_path, tmp_path, monkeypatch, waiting, share):
+    """By a clock that only waiting and computing move: so many seconds for each batch, and one for each step."""
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
 
-    def getitems(self, indices):
-        if slow:
-            time.sleep(1.0)
-        return real(self, indices)
+    class Waited(Prefetched):
+        def __next__(self):
+            item = super().__next__()
+            clock.now += waiting
+            self.waited += waiting
+            return item
 
-    monkeypatch.setattr(CachedDocuments, "__getitems__", getitems)
-    waits = []
-    for _ in range(2):
-        one = trainer(cache_path, student_path, tmp_path, max_steps=5, loss="ce:1", logging_steps=5)
-        one.train()
-        waits.append(next(line["data_wait"] for line in one.state.log_history if "data_wait" in line))
-        slow.append(True)
-    assert 0 <= waits[0] < waits[1] <= 1
-    assert waits[1] > 0.2
+    for module in ("prefetch", "step_log"):
+        monkeypatch.setattr(f"distill.{module}.time", clock)
+    monkeypatch.setattr("distill.stream.Prefetched", Waited)
+    one = trainer(cache_path, student_path, tmp_path, max_steps=5, loss="ce:1", logging_steps=5)
+    compute_loss = one.compute_loss
+
+    def computed(*arguments, **options):
+        clock.now += 1
+        return compute_loss(*arguments, **options)
+
+    one.compute_loss = computed
+    one.train()
+    assert [line["data_wait"] for line in one.state.log_history if "data_wait" in line] == [pytest.approx(share)]
 
 
 # ---- broken shards
