@@ -75,11 +75,14 @@ class Prefetched(Iterator[Made], Generic[Item, Made]):
                 try:
                     item = next(self._source)
                 except BaseException as error:  # StopIteration too: it ends the asker's loop
-                    self._ended = True
-                    future.set_exception(error)
+                    self._end(future, error)
                     continue
             try:
                 future.set_result(self._make(item))
             except BaseException as error:
-                self._ended = True
-                future.set_exception(error)
+                self._end(future, error)
+
+    def _end(self, future: Future[Made], error: BaseException) -> None:
+        self._ended = True
+        future.set_exception(error)
+        self._room.release()

@@ -38,16 +38,9 @@ from storage_specs.vocabulary import Vocabulary, tokenizer_digest
 
 RESULTS = Path(__file__).parent / "results" / "stream.csv"
 FIELDS = ("arm", "loss", "threads", "epochs", "batches_per_epoch", "tokens_per_batch", "documents_per_shard")
-FIELDS += (
-    "ms_per_batch",
-    "ms_per_batch_p10",
-    "ms_per_batch_p90",
-    "step_ms",
-    "wait_ms_median",
-    "wait_ms_p99",
-    "wait_ms",
-)
-FIELDS += ("data_wait", "launching_ms_alone", "launching_ms", "machine", "python", "torch", "tokenizers", "date")
+FIELDS += ("ms_per_batch", "ms_per_batch_p10", "ms_per_batch_p90", "step_ms", "wait_ms_median", "wait_ms_p99")
+FIELDS += ("wait_ms", "data_wait", "launching_ms_alone", "launching_ms", "load", "machine", "python", "torch")
+FIELDS += ("tokenizers", "date")
 LOSSES = ("ce:1,uld:1.5", "ce:1,mapped:1")
 DOCUMENTS, MAX_LENGTH, K_IDS = 16, 1024, 16
 EPOCHS = 3
@@ -248,6 +241,7 @@ def report(bench: Bench, found: dict[str, Turns], alone_ms: float, options: argp
                     "documents_per_shard": options.documents_per_shard,
                     "step_ms": f"{options.step_ms:g}",
                     **{name: f"{value:.4g}" for name, value in numbers.items()},
+                    "load": f"{os.getloadavg()[0]:.1f}",  # of others too: waits are on the wall clock
                     "machine": f"{platform.machine()}, {os.cpu_count()} cores",
                     "python": platform.python_version(),
                     "torch": torch.__version__,

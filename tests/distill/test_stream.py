@@ -109,6 +109,9 @@ def test_prefetching_is_bounded_ordered_and_ends():
     assert list(ahead) == list(range(20))
     with pytest.raises(StopIteration):
         next(ahead)
+    for thread in ahead._threads:  # by themselves
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in ahead._threads)
     ahead.close()
     endless = Prefetched(iter(int, 1), lambda item: item, ahead=2)
     assert next(endless) == 0
@@ -238,6 +241,7 @@ def test_a_stream_that_is_asked_for_another_step_begins_there(many_shards_path):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_no_thread_outlives_a_run(many_shards_path, student_path, tmp_path, monkeypatch, error):
     one = trainer(many_shards_path, student_path, tmp_path, max_steps=9, loss="ce:1")
+    before = set(threading.enumerate())
 
     def fails(*_):
         raise error("stop")
@@ -245,7 +249,7 @@ def test_no_thread_outlives_a_run(many_shards_path, student_path, tmp_path, monk
     monkeypatch.setattr(one.step_loss, "terms", fails)
     with pytest.raises(error):
         one.train()
-    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name == "prefetch"]
 
 
 @pytest.mark.parametrize(("waiting", "share"), [(0.0, 0.0), (3.0, 0.75)])
