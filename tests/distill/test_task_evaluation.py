@@ -1,17 +1,12 @@
 """`distill evaluate --task` and `distill check`: answers of tiny and real models, resumed, compared."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import Held, distill
 from task_assets import disfl_qa, split, write_task
 from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
 
@@ -154,23 +149,15 @@ def test_an_evaluation_killed_and_resumed(student_path, questions, tmp_path):
     flags += ["--max_new_tokens", "24", "--batch_size", "1"]
     assert main([*flags, "--output_file", str(tmp_path / "whole.json")]) == 0
     resumed = tmp_path / "resumed.json"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "distill", *flags, "--output_file", str(resumed)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
     partial = tmp_path / "resumed.json.partial" / "s.jsonl"
-    deadline = time.monotonic() + 120
-    while not (partial.exists() and partial.read_bytes().count(b"\n") > 3):
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    held = Held("distill.evaluation.partial:AnswerFile.add", 4)
+    with distill([*flags, "--output_file", str(resumed)], tmp_path / "said", held) as process:
+        held.wait_until_reached(process)
+        process.kill()
+        process.join()
     kept = partial.read_bytes()
     assert not resumed.exists()
-    assert kept.count(b"\n") - 1 < len(questions)
+    assert kept.count(b"\n") == 1 + 4
     partial.write_bytes(kept + b'{"id": "1", "te')  # as a power cut would leave it
     with pytest.raises(EvaluationError, match=r"unfinished work \(max_new_tokens 24, now 25\)"):
         main([*flags, "--max_new_tokens", "25", "--output_file", str(resumed)])
