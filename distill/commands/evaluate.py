@@ -11,7 +11,7 @@ from distill.commands.flags import (
     add_template,
     check_file,
     count,
-    count_or_none,
+    count_from_0,
     json_object,
     models_of,
     read_template,
@@ -56,7 +56,7 @@ def evaluate_parser() -> Parser:
     add("--lm_eval_limit", type=count, metavar="N", help="take the first N documents of each of its tasks")
     add(
         "--lm_eval_num_fewshot",
-        type=count_or_none,
+        type=count_from_0,
         metavar="N",
         help="examples in front of each document (the task's)",
     )

@@ -31,7 +31,7 @@ def count(text: str) -> int:
     return value
 
 
-def count_or_none(text: str) -> int:
+def count_from_0(text: str) -> int:
     """A whole number, 0 included."""
     if (value := int(text)) < 0:
         raise argparse.ArgumentTypeError(f"{value}: must not be negative")
