@@ -213,12 +213,15 @@ def measure(laboratory: Laboratory, cell: Cell) -> dict[str, Any]:
     }
     try:
         model, trained = train_once(laboratory, cell)
+        of_validation, of_test = (
+            laboratory.scores(model, tokenizer, documents, training.max_length) for documents in (validation, test)
+        )
     except NonFiniteLossError:  # a rate too high: never the best, and that is known now
         found |= dict.fromkeys(("validation_bits_per_byte", "bits_per_byte"), math.inf)
         return {name: found.get(name, math.nan) for name in MEASURED} | {"seconds": time.perf_counter() - began}
-    on_validation = summed({"student": laboratory.scores(model, tokenizer, validation, training.max_length)})
+    on_validation = summed({"student": of_validation})
     scores = {
-        "bits_per_byte": laboratory.scores(model, tokenizer, test, training.max_length),
+        "bits_per_byte": of_test,
         "teacher_bits_per_byte": baseline.teacher,
         "untrained_bits_per_byte": baseline.untrained,
     }

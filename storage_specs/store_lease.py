@@ -1,10 +1,10 @@
 """The lease of a cache in an object store: an object that its holder keeps young, as stores have no locks.
 
 `.writing/lease-000007` names host and process. Whoever wants to write creates the next number, which only one can, and
-then looks at the others: if a lower one is alive, he takes his own back; if a higher one is, he waits for it to do so,
-and takes his own back where it stays: its holder may have come while a still lower one, since gone, stood there, and
-have seen nobody when he looked. If all are gone, he has the cache. Gone is a process of this host that does not run any
-more, and any other whose object has not been written again for LEASE_SECONDS by the store's clock.
+then looks at the others. If a lower one is alive, he takes his own back. If a higher one is, he waits for it to do so,
+and takes his own back where it stays: its holder came while a still lower one, since gone, stood there, and saw nobody
+when he looked. If all are gone, he has the cache. Gone is a process of this host that does not run any more, and any
+other whose object has not been written again for LEASE_SECONDS by the store's clock.
 """
 
 import json

@@ -35,7 +35,8 @@ class Fault:
 class FaultyProxy:
     """Listens on a port of its own before `upstream` (host, port). `requests` counts (method, path) of all.
 
-    delay_seconds: before every answer, as a store far away has it.
+    delay_seconds: before every answer, as a store far away has it. gather: no request is answered before so many have
+    been under way at once.
     """
 
     def __init__(self, upstream: tuple[str, int]) -> None:
@@ -45,7 +46,7 @@ class FaultyProxy:
         self.drop_headers: set[str] = set()  # of requests, in lower case
         self.delay_seconds = 0.0
         self.connections: set[socket.socket] = set()  # open ones
-        self.at_once = self.most_at_once = 0
+        self.at_once = self.most_at_once = self.gather = 0
         self.lock = threading.Lock()
         self.server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
         self.server.proxy = self
@@ -79,6 +80,12 @@ class FaultyProxy:
                     fault.times -= 1
                     return fault
         return None
+
+    def wait_for_others(self) -> None:
+        """Those of `gather`; less than a client's patience, which is 30 seconds."""
+        deadline = time.monotonic() + 25
+        while self.most_at_once < self.gather and time.monotonic() < deadline:
+            time.sleep(0.002)
 
     def settle(self, others: set[socket.socket]) -> None:
         """Wait until every connection but `others` is at its end: a killed client's last requests still arrive.
@@ -140,6 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.proxy.at_once += 1
                 self.proxy.most_at_once = max(self.proxy.most_at_once, self.proxy.at_once)
             try:
+                self.proxy.wait_for_others()
                 time.sleep(SLOW_SECONDS if fault == "slow" else self.proxy.delay_seconds)
                 status, headers, body = self._ask(sent)
             finally:

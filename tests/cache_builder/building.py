@@ -25,9 +25,14 @@ def slow(descriptor):
 os.fsync = slow
 """
 LATE = """
-import os, sys, time
-while "spawn_main" in " ".join(sys.orig_argv) and not os.path.exists({gate!r}):
-    time.sleep(0.005)
+import os, signal, sys, time
+change = signal.pthread_sigmask
+def late(how, mask):
+    while how == signal.SIG_UNBLOCK and not os.path.exists({gate!r}):
+        time.sleep(0.005)
+    return change(how, mask)
+if "spawn_main" in " ".join(sys.orig_argv):
+    signal.pthread_sigmask = late
 """
 
 
@@ -51,7 +56,7 @@ def slow_disk(folder: Path, seconds: float, output: Path, most: int) -> Gate:
 
 
 def late_replicas(folder: Path) -> Gate:
-    """Processes that multiprocessing spawns stand still before they import anything."""
+    """Processes that multiprocessing spawns stand still before they let interrupts through."""
     return _gate(folder, LATE)
 
 

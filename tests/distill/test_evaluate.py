@@ -9,14 +9,15 @@ import torch
 from cache_making import tiny_student
 from transformers import AutoModelForCausalLM
 
-from distill.evaluation.answering import Answering
+from distill.evaluation.answering import Answering, answers
 from distill.evaluation.bits_per_byte import bits_per_byte
 from distill.evaluation.evaluate import Evaluation, evaluate, usual_dtype
 from distill.evaluation.report import read_report
 from distill.evaluation.report_format import as_text
+from distill.evaluation.tasks import Example
 from distill.scoring import Scores, score, shared_regions, summed, teacher_scores
 from storage_specs import chat_document, completion_document, is_held_out, open_cache, render, text_document
-from storage_specs.errors import AlignmentError, ConfigError
+from storage_specs.errors import AlignmentError, ConfigError, NonFiniteLossError
 
 
 def brute_force_nats(model, tokenizer, document) -> dict[int, tuple[int, int, float]]:
@@ -56,6 +57,16 @@ def test_scores_are_brute_force(small, student_path, smollm2_tokenizer):
         ):
             assert a.byte_end.tolist() == b.byte_end.tolist()
             assert a.is_end.tolist() == b.is_end.tolist()
+
+
+def test_a_model_that_says_nan_has_no_figures_and_picks_no_answer(small, student_path, smollm2_tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(student_path, dtype=torch.float32).eval()
+    model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(NonFiniteLossError, match="no finite number"):
+        score(model, smollm2_tokenizer, small, max_length=256)
+    question = Example(id="1", prompt="Is it?", references=("yes",), choices=("yes", "no"))
+    with pytest.raises(NonFiniteLossError, match="no finite number"):
+        list(answers(model, smollm2_tokenizer, [question], Answering(max_length=256)))
 
 
 def test_figures_are_brute_force(small, student_path, smollm2_tokenizer, gemma_tokenizer, tmp_path):
