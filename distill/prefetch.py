@@ -14,7 +14,6 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 BATCHES_AHEAD = 8
-THREADS = 2  # measured: scripts/results/stream.csv
 
 
 class Prefetched(Iterator[Made], Generic[Item, Made]):
@@ -30,7 +29,7 @@ class Prefetched(Iterator[Made], Generic[Item, Made]):
         source: Iterator[Item],
         make: Callable[[Item], Made],
         *,
-        threads: int = THREADS,
+        threads: int = 1,
         ahead: int = BATCHES_AHEAD,
     ) -> None:
         self.waited = 0.0

@@ -6,7 +6,7 @@ import torch
 
 from distill.collator import Batch
 from distill.dataset import CachedDocuments
-from distill.prefetch import THREADS, Prefetched
+from distill.prefetch import Prefetched
 from distill.sampler import EpochBatches
 from storage_specs.document import CachedDocument
 
@@ -21,7 +21,7 @@ class Stream:
         batches: EpochBatches,
         collate: Callable[[Sequence[CachedDocument]], Batch],
         pinned: bool = False,
-        threads: int = THREADS,
+        threads: int = 1,
     ) -> None:
         self.documents, self.batches, self.collate = documents, batches, collate
         self.pinned, self.threads = pinned, threads

@@ -98,7 +98,11 @@ class CachedDistillationTrainer(Trainer):
         self.run = (run or {}) | train_dataset.identity
         self.batches = self._epoch_batches()
         self.stream = Stream(
-            train_dataset, self.batches, collator, pinned=args.dataloader_pin_memory and args.device.type == "cuda"
+            train_dataset,
+            self.batches,
+            collator,
+            pinned=args.dataloader_pin_memory and args.device.type == "cuda",
+            threads=max(1, args.dataloader_num_workers),
         )
         if args.on_corrupt == "quarantine":
             train_dataset.quarantine = Quarantine(Path(args.output_dir))

@@ -45,7 +45,7 @@ from storage_specs.vocabulary import Vocabulary, tokenizer_digest
 RESULTS = Path(__file__).parent / "results" / "training.csv"
 FIELDS = ("shape", "arm", "documents", "max_length", "tokens_per_step", "median_ms", "p10_ms", "p90_ms", "steps")
 FIELDS += ("of_stock", "of_ce", "tokens_per_second", "data_wait")
-FIELDS += ("data_wait_median", "data_wait_p99", "peak_gib", "rows_per_shard", "cache", "machine")
+FIELDS += ("data_wait_median", "data_wait_p99", "peak_gib", "rows_per_shard", "threads", "cache", "machine")
 FIELDS += ("torch", "transformers", "triton", "python", "date")
 ARMS = {
     "stock": None,
@@ -186,7 +186,8 @@ class Bench:
             trainer = Trainer(self.model, args, data_collator=self._pad, train_dataset=self.rows)
             trainer.remove_callback(transformers.PrinterCallback)
             return trainer
-        args = DistillationConfig(**common, loss=ARMS[arm], max_length=self.shape.max_length)
+        threads = {"dataloader_num_workers": self.options.threads}
+        args = DistillationConfig(**common, **threads, loss=ARMS[arm], max_length=self.shape.max_length)
         return CachedDistillationTrainer(self.model, args, self.documents, self.tokenizer)
 
     def read_batches(self) -> None:
@@ -381,7 +382,8 @@ def report(bench: Bench, timings: dict[str, Timings], results: Path, cache: str,
                     *(f"{of_stock:.4f}", f"{of_ce:.4f}", f"{speed:.0f}"),
                     *(("", "", "") if waits is None else (f"{wait:.5f}" for wait in waits)),
                     f"{found.peak_gib:.3f}",
-                    *(rows_per_shard, cache, machine, torch.__version__, transformers.__version__, _triton_version()),
+                    *(rows_per_shard, bench.options.threads, cache, machine),
+                    *(torch.__version__, transformers.__version__, _triton_version()),
                     *(platform.python_version(), time.strftime("%Y-%m-%d")),
                 ]
             )
@@ -401,6 +403,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--shapes", default="smollm2,llama1b", help="comma-separated (default: smollm2,llama1b)")
     add("--tiny", action="store_true", help="a tiny shape on the CPU")
     add("--arms", default=",".join(ARMS), help="comma-separated; stock and ce are always there (default: all)")
+    add("--threads", type=int, default=1, help="that prepare batches (1)")
     add("--turns", type=int, default=3, help="turns of each arm (3)")
     add("--steps", type=int, default=24, help="timed steps of a turn; the queue of batches must run dry in them (24)")
     add("--seconds", type=float, default=float("inf"), help="begin no round that would end later (no limit)")

@@ -25,6 +25,7 @@ def train_and_log(cache: Path, student: Path, out: Path, log: Path, hold: int | 
         save_total_limit=2,
         lr_scheduler_type="cosine",
         loss="ce:1,uld:1.5,mapped:0.5",
+        dataloader_num_workers=2,
     )
     real, lines = one.compute_loss, 0
 

@@ -232,7 +232,7 @@ def test_a_stream_reads_on_into_the_next_epoch_and_holds_few_shards(many_shards_
 def test_a_stream_that_is_asked_for_another_step_begins_there(many_shards_path):
     documents = CachedDocuments(many_shards_path)
     batches = EpochBatches(documents.documents_per_shard, documents=4, seed=3)
-    stream = Stream(documents, batches, doc_ids_of)
+    stream = Stream(documents, batches, doc_ids_of, threads=2)
     first = [next(stream.at(step, 30)) for step in range(30)]
     assert [next(stream.at(step, 30)) for step in (7, 8, 25, 0)] == [first[step] for step in (7, 8, 25, 0)]
     stream.close()
