@@ -1,11 +1,12 @@
 """`distill train`: everything that can be wrong is checked before a model is loaded; the same command resumes."""
 
 import json
+import os
 import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -220,7 +221,9 @@ class _StopOnInterrupt(TrainerCallback):
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\ninterrupted: saving a checkpoint after this step; Ctrl-C again to stop at once", file=sys.stderr)
+        # Past sys.stderr: Ctrl-C may come in the middle of one of its own writes, which must not be entered again.
+        with suppress(OSError):
+            os.write(2, b"\ninterrupted: saving a checkpoint after this step; Ctrl-C again to stop at once\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.interrupted:

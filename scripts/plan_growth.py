@@ -11,6 +11,7 @@ rank of 64. Prints seconds and how far the process's peak memory rose, and appen
 import argparse
 import csv
 import platform
+import re
 import resource
 import sys
 import time
@@ -58,6 +59,9 @@ class Stopwatch:
 
 
 def peak_mib() -> float:
+    # Not getrusage on Linux: a process that was just started has its parent's peak there, and then nothing rises.
+    if (status := Path("/proc/self/status")).exists():
+        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -1,5 +1,6 @@
 """`distill` as a process: help without torch, one-line errors, interruption at any time, the same command resumes."""
 
+import io
 import json
 import os
 import resource
@@ -7,19 +8,19 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Held, distill
 from safetensors.torch import load_file, save_file
 from training import bits_per_byte_in
 
 from distill.checkpoint import RECORD, begin, check_checkpoint, last_whole_checkpoint, saving, write_record
 from distill.main import main
 from distill.students import load_model, load_tokenizer
-from distill.train import make_config
+from distill.train import _StopOnInterrupt, make_config
 from storage_specs import open_cache
 from storage_specs.command_line import run
 from storage_specs.errors import (
@@ -349,51 +350,59 @@ def test_values_are_typed_as_training_arguments_are(tmp_path):
     assert not config.remove_unused_columns
 
 
-def start(arguments: list[str]) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "distill", *arguments], env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
-
-
-def wait_for(condition, process, seconds=300):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < until, "nothing happened"
-        time.sleep(0.02)
-
-
 def test_sigkill_and_ctrl_c_lose_nothing(cache_path, student_path, tmp_path):
     """Killed after its first checkpoint, then interrupted, then left alone: the weights of a run that was not."""
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    straight, stopped, said = tmp_path / "straight", tmp_path / "stopped", tmp_path / "said"
+    flags = command(cache_path, student_path, stopped)
     assert main(command(cache_path, student_path, straight)) == 0
 
-    with start(command(cache_path, student_path, stopped)) as process:
-        wait_for(lambda: last_whole_checkpoint(stopped) is not None, process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    held = Held("distill.trainer:CachedDistillationTrainer._save_checkpoint", 1)
+    with distill(flags, said, held) as process:
+        held.wait_until_reached(process)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    whole = last_whole_checkpoint(stopped)
+    assert whole.name == "checkpoint-3"
     assert not json.loads((stopped / RECORD).read_bytes())["finished"]
     # A checkpoint that the kill left half-written: newer than all, and without its record.
     (stopped / "checkpoint-29").mkdir()
     (stopped / "checkpoint-29" / "model.safetensors").write_bytes(b"half")
 
-    whole = last_whole_checkpoint(stopped)
-    lines = []
-    with start(command(cache_path, student_path, stopped)) as process:
-        for line in process.stderr:
-            lines.append(line)
-            if line.startswith("step "):
-                process.send_signal(signal.SIGINT)
-                break
-        _, rest = process.communicate(timeout=300)
-    assert f"resuming from {whole}" in "".join(lines)
-    assert process.returncode == 130, rest
-    assert "saving a checkpoint" in rest
+    held = Held("distill.progress:TokenProgress.on_log", 1)
+    with distill(flags, said, held) as process:
+        held.wait_until_reached(process)
+        os.kill(process.pid, signal.SIGINT)
+        held.release()
+        process.join()
+        assert process.exitcode == 130, said.read_text()
+    assert f"resuming from {whole}\n" in said.read_text()
+    assert "step 4/30 " in said.read_text()
+    assert "interrupted: saving a checkpoint" in said.read_text()
+    assert last_whole_checkpoint(stopped).name == "checkpoint-5"
 
-    assert main(command(cache_path, student_path, stopped)) == 0
+    assert main(flags) == 0
     expected, found = (load_file(folder / "model.safetensors") for folder in (straight, stopped))
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         assert value.equal(found[name]), name
+
+
+def test_ctrl_c_in_the_middle_of_a_line_ends_nothing(monkeypatch, capfd):
+    """A buffered stream that is being written to must not be written to by the handler."""
+
+    class Interrupted(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: memoryview) -> int:
+            signal.raise_signal(signal.SIGINT)
+            return len(data)
+
+    stop = _StopOnInterrupt()
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Interrupted()), line_buffering=True))
+    with stop.listening():
+        print("step 1", file=sys.stderr)
+    monkeypatch.undo()
+    assert stop.interrupted
+    assert "Ctrl-C again to stop at once" in capfd.readouterr().err

@@ -14,4 +14,4 @@ def test_kernels_under_the_interpreter():
         command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert "44 passed" in done.stdout
+    assert "41 passed" in done.stdout

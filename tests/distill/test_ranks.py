@@ -3,6 +3,8 @@
 Tolerance: 2e-5 relative on every logged loss, 2e-4 absolute on weights of the order of 1e-1 to 1 after 8 AdamW steps,
 but for one in 10^5: what differs is only the order in which float32 gradients are summed, and AdamW divides a gradient
 of nearly nothing by itself.
+
+Processes are what costs time here: torchrun starts them once for several runs, but anew for those that resume.
 """
 
 import json
@@ -13,46 +15,104 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from test_command import command
 
 from distill.checkpoint import RECORD, write_record
 from distill.main import main
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 STEPS = 8
-FSDP = ("--fsdp", "--fsdp_config", json.dumps({"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}))
+FSDP_CONFIG = json.dumps({"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]})
+FSDP = ("--fsdp", "--fsdp_config", FSDP_CONFIG)
+OF_T5 = ("--fsdp", "--fsdp_config", FSDP_CONFIG.replace("LlamaDecoderLayer", "T5Block"))
+PARALLEL = {"ddp": (), "fsdp2": FSDP}
 LOSS = ("--loss", "ce:1,uld:1.5,mapped:0.5")
 
+# With `samples` a mean over ranks of their documents' means is the mean over all documents, so that even the gradients
+# of one micro-batch of each rank are those of one micro-batch of one process.
+TELLING = ("--loss", "ce:1,uld:1,hybrid:0.5,likelihood:1", "--loss_normalization", "samples", "--save_strategy", "no")
+TELLING += ("--max_steps", "4", "--probe_steps", "2", "--eval_strategy", "steps", "--eval_steps", "2")
+TOLD = ("ce", "uld", "hybrid", "likelihood", "uld_width", "hybrid_width", "compared_student", "eval_bits_per_byte")
+PROBED = ("uld_cosine", "hybrid_norm_ratio", "likelihood_cosine", "gain_ce", "gain_mixture", "held_out_norm")
 
-def launch(processes, arguments, check=True, program=("-m", "distill")):
-    """A program under torchrun; its processes share one core here."""
+
+def run_under_torchrun(processes, runs):
+    """Runs of `distill` on so many processes, which share a core here. Returns what they said."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
-    start = (*torchrun, *program) if processes > 1 else program
+    words = [sys.executable, *torchrun, str(HERE / "rank_cases.py"), json.dumps(runs)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *start, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT, check=False
-    )
-    assert not check or done.returncode == 0, done.stderr[-4000:]
-    return done
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
 
 
-def flags(cache_path, student_path, out, documents, *more):
-    size = ("--per_device_train_batch_size", str(documents), "--max_steps", str(STEPS), "--save_steps", "3")
+def run_alone(arguments):
+    """The run in this process, as single-threaded as ranks are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main(arguments) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
+CASES = {  # cache, student, parallelism, flags
+    "lora": ("cache_path", "student_path", FSDP, (*LOSS, "--use_peft", "--lora_r", "4", "--lora_dropout", "0")),
+    "packing": ("cache_path", "student_path", FSDP, (*LOSS, "--packing")),
+    "seq2seq": ("prompts_path", "mt0_path", OF_T5, LOSS),
+    "kl": ("chat_cache_path", "student_path", (), ("--loss", "ce:1,kl:1,jsd:0.5")),
+}
+
+
+def learning(cache_path, student_path, out, processes, *more):
+    size = ("--per_device_train_batch_size", str(4 // processes), "--max_steps", str(STEPS), "--save_steps", "3")
     return command(cache_path, student_path, out, *size, *LOSS, *more)
 
 
-def losses(out):
-    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    told = ("loss", "ce", "uld", "mapped", "kl", "jsd")
-    return [[line[name] for name in told if name in line] for line in history if "ce" in line]
+def telling(cache_path, student_path, out, processes, *more):
+    return command(cache_path, student_path, out, "--per_device_train_batch_size", str(4 // processes), *TELLING, *more)
+
+
+def of_case(request, case, out, processes):
+    cache, student, parallel, more = CASES[case]
+    paths = [request.getfixturevalue(name) for name in (cache, student)]
+    size = ("--max_steps", "3", "--save_strategy", "no", "--per_device_train_batch_size", str(4 // processes))
+    return command(*paths, out, *more, *size, *(parallel if processes > 1 else ()))
 
 
 @pytest.fixture(scope="module")
-def one_process(cache_path, student_path, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "one"
-    launch(1, flags(cache_path, student_path, out, 4))
-    return out
+def alone(cache_path, student_path, tmp_path_factory):
+    """A folder of what one process has learned and told."""
+    folder = tmp_path_factory.mktemp("alone")
+    run_alone(learning(cache_path, student_path, folder / "learned", 1))
+    run_alone(telling(cache_path, student_path, folder / "told", 1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def several(request, cache_path, student_path, tmp_path_factory):
+    """How many processes, and a folder of what they have learned by DDP and FSDP2; two also tell of it, and learn all
+    `CASES`."""
+    processes, folder = request.param, tmp_path_factory.mktemp("several")
+    runs = [learning(cache_path, student_path, folder / name, processes, *more) for name, more in PARALLEL.items()]
+    if processes == 2:
+        for name, more in PARALLEL.items():
+            runs.append(telling(cache_path, student_path, folder / f"told-{name}", processes, *more))
+        runs += [of_case(request, case, folder / case, processes) for case in CASES]
+    run_under_torchrun(processes, runs)
+    return processes, folder
+
+
+def history(out):
+    return json.loads((out / "trainer_state.json").read_text())["log_history"]
+
+
+def losses(out):
+    told = ("loss", "ce", "uld", "mapped", "kl", "jsd")
+    return [[line[name] for name in told if name in line] for line in history(out) if "ce" in line]
 
 
 def same(out, expected, file="model.safetensors") -> None:
@@ -66,42 +126,50 @@ def same(out, expected, file="model.safetensors") -> None:
         assert apart.max() < 2e-3, name
 
 
-@pytest.mark.parametrize(
-    ("processes", "more"),
-    [(2, ()), (4, ()), (2, FSDP), (4, FSDP)],
-    ids=["ddp2", "ddp4", "fsdp2-2", "fsdp2-4"],
-)
-def test_ranks_learn_what_one_process_learns(cache_path, student_path, one_process, tmp_path, processes, more):
+@pytest.mark.parametrize("several", [2, 4], indirect=True)
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_ranks_learn_what_one_process_learns(alone, several, parallel):
     """6 or 7 steps are an epoch, and its last batch is incomplete: on 4 ranks some hold nothing of it."""
-    out, resumed = tmp_path / "whole", tmp_path / "resumed"
-    arguments = flags(cache_path, student_path, out, 4 // processes, *more)
-    launch(processes, arguments)
-    same(out, one_process)
-    # As it stood after its third step; the same command goes on.
-    shutil.copytree(out / "checkpoint-3", resumed / "checkpoint-3")
-    write_record(resumed, {"run": json.loads((out / RECORD).read_bytes())["run"], "finished": False})
-    done = launch(processes, flags(cache_path, student_path, resumed, 4 // processes, *more))
-    assert "resuming from" in done.stderr
-    same(resumed, one_process)
+    assert len(losses(alone / "learned")) == STEPS
+    same(several[1] / parallel, alone / "learned")
 
 
-def test_every_kind_of_student_and_loss_under_two_ranks(
-    cache_path, chat_cache_path, student_path, prompts_path, mt0_path, tmp_path
-):
+@pytest.mark.parametrize("several", [2, 4], indirect=True)
+def test_ranks_resume_what_ranks_began(cache_path, student_path, alone, several, tmp_path):
+    """As it stood after its third step; the same command goes on."""
+    (processes, folder), runs = several, []
+    for name, more in PARALLEL.items():
+        shutil.copytree(folder / name / "checkpoint-3", tmp_path / name / "checkpoint-3")
+        identity = json.loads((folder / name / RECORD).read_bytes())["run"]
+        write_record(tmp_path / name, {"run": identity, "finished": False})
+        runs.append(learning(cache_path, student_path, tmp_path / name, processes, *more))
+    assert run_under_torchrun(processes, runs).count("resuming from") == len(runs)
+    for name in PARALLEL:
+        same(tmp_path / name, alone / "learned")
+
+
+@pytest.mark.parametrize("several", [2], indirect=True)
+@pytest.mark.parametrize("case", CASES)
+def test_every_kind_of_student_and_loss_under_two_ranks(request, several, tmp_path, case):
     """LoRA, packing and an encoder-decoder under FSDP2; KL and JSD of the teacher's own tokenizer under DDP."""
-    of_t5 = ("--fsdp", "--fsdp_config", FSDP[2].replace("LlamaDecoderLayer", "T5Block"))
-    cases = {
-        "lora": (cache_path, student_path, FSDP, (*LOSS, "--use_peft", "--lora_r", "4", "--lora_dropout", "0")),
-        "packing": (cache_path, student_path, FSDP, (*LOSS, "--packing")),
-        "seq2seq": (prompts_path, mt0_path, of_t5, LOSS),
-        "kl": (chat_cache_path, student_path, (), ("--loss", "ce:1,kl:1,jsd:0.5")),
+    run_alone(of_case(request, case, tmp_path, 1))
+    file = "adapter_model.safetensors" if case == "lora" else "model.safetensors"
+    same(several[1] / case, tmp_path, file)
+
+
+@pytest.mark.parametrize("several", [2], indirect=True)
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_two_ranks_tell_what_one_process_tells(alone, several, parallel):
+    """Every loss, held-out bits per byte, and probes."""
+    found, expected = (
+        {name: [line[name] for line in history(out) if name in line] for name in TOLD + PROBED}
+        for out in (several[1] / f"told-{parallel}", alone / "told")
+    )
+    assert {name: len(values) for name, values in expected.items()} == {
+        **{name: 4 for name in TOLD[:-1]},
+        **{name: 2 for name in (TOLD[-1], *PROBED)},
     }
-    steps = ("--max_steps", "3", "--save_strategy", "no", "--per_device_train_batch_size")
-    runs = []
-    for name, (cache, student, parallel, more) in cases.items():
-        assert main(command(cache, student, tmp_path / f"{name}-1", *steps, "4", *more)) == 0
-        runs.append(command(cache, student, tmp_path / f"{name}-2", *steps, "2", *more, *parallel))
-    launch(2, [json.dumps(runs)], program=(str(Path(__file__).with_name("rank_cases.py")),))
-    for name in cases:
-        file = "adapter_model.safetensors" if name == "lora" else "model.safetensors"
-        same(tmp_path / f"{name}-2", tmp_path / f"{name}-1", file)
+    for name in TOLD:
+        assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+    for name in PROBED:
+        assert found[name] == pytest.approx(expected[name], rel=2e-3, abs=1e-4), name

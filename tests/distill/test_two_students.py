@@ -2,16 +2,14 @@
 
 import hashlib
 import json
-import subprocess
-import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import tokenizer_assets
 from cache_making import tiny_student
+from forked import distill
 from transformers import PreTrainedTokenizerFast
-
-ROOT = Path(__file__).parents[2]
 
 
 def digest(folder: Path) -> str:
@@ -36,22 +34,22 @@ def test_two_students_at_once(cache_path, students, tmp_path):
     before = digest(cache_path)
     flags = "--max_steps=6 --max_length=48 --per_device_train_batch_size=4 --learning_rate=1e-2 --logging_steps=1"
     more = "--use_cpu --save_strategy=no --loss=ce:1,uld:1.5,mapped:1,likelihood:1 --max_grad_norm=1"
-    running = {
-        name: subprocess.Popen(
-            [
-                *(sys.executable, "-m", "distill", "train", "--cache", str(cache_path)),
-                *("--model_name_or_path", str(student), "--output_dir", str(tmp_path / name)),
-                *flags.split(),
-                *more.split(),
-            ],
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name, student in students.items()
-    }
-    said = {name: process.communicate(timeout=600)[1] for name, process in running.items()}
-    assert {name: process.returncode for name, process in running.items()} == {"smollm2": 0, "pythia": 0}, said
+    with ExitStack() as running:
+        processes = {
+            name: running.enter_context(
+                distill(
+                    [
+                        *("train", "--cache", str(cache_path), "--model_name_or_path", str(student)),
+                        *("--output_dir", str(tmp_path / name), *flags.split(), *more.split()),
+                    ],
+                    tmp_path / f"{name}.txt",
+                )
+            )
+            for name, student in students.items()
+        }
+        for name, process in processes.items():
+            process.join()
+            assert process.exitcode == 0, (tmp_path / f"{name}.txt").read_text()
     compared = []
     for name, student in students.items():
         record = json.loads((tmp_path / name / "distill.json").read_bytes())
