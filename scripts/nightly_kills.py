@@ -7,8 +7,9 @@
 The teacher is a random model of two layers under Gemma's real tokenizer (262,144 words), scored by the transformers
 engine. Every trial is a forked process, in which nothing is left to import; so is every resumption. A first,
 undisturbed build tells when each phase begins and how long it lasts. A trial draws a phase, a random moment of all the
-time spent in it, waits until the phase is there, sleeps the rest, and sends SIGKILL. Counted is the phase in which the
-signal really came: the process notes it in shared memory (of several that go on at once, the one aimed at).
+time spent in it, waits until the phase is there, sleeps the rest, and sends SIGKILL; a phase that would end before then
+stops at its end, so that no busy machine is too late. Counted is the phase in which the signal really came: the process
+notes it in shared memory (of several that go on at once, the one aimed at).
 
     plan      corpus, teacher, settings, what is there already; and plan.json
     score     the teacher at work
@@ -92,10 +93,13 @@ class Clock:
 
 
 class Watched:
-    """In the forked process: tells the clock which phases begin and end, and notes when."""
+    """In the forked process: tells the clock which phases begin and end, and notes when.
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock, self.lock = clock, threading.Lock()
+    aim: the phase, and its how-manieth stretch, at whose end it waits to be killed.
+    """
+
+    def __init__(self, clock: Clock, aim: tuple[str, int] | None = None) -> None:
+        self.clock, self.aim, self.lock = clock, aim, threading.Lock()
         self.spans: list[tuple[str, float, float]] = []
         self.planning: float | None = time.monotonic()
         clock.enter("plan")
@@ -115,18 +119,25 @@ class Watched:
             started = time.monotonic()
             with self.lock:
                 if self.planning is not None:
+                    self.wait_at_end_of("plan", 1)
                     self.spans.append(("plan", self.planning, started))
                     self.planning = None
                     self.clock.leave("plan")
                 self.clock.enter(phase)
+                number = self.clock.begun(phase)
             try:
                 return real(*arguments, **options)
             finally:
+                self.wait_at_end_of(phase, number)
                 with self.lock:
                     self.spans.append((phase, started, time.monotonic()))
                     self.clock.leave(phase)
 
         return call
+
+    def wait_at_end_of(self, phase: str, number: int) -> None:
+        if self.aim == (phase, number):
+            time.sleep(2 * PATIENCE)
 
 
 def forked(work: Callable[[], Any], kill: Callable[[int], None] | None = None) -> Any:
@@ -203,7 +214,7 @@ class Trials:
             time.sleep(delay)
             os.kill(process, signal.SIGKILL)
 
-        survived = forked(partial(_build, self.config, output, self.clock), kill) is not None
+        survived = forked(partial(_build, self.config, output, self.clock, (phase, number)), kill) is not None
         active = self.clock.active()
         hit = "none" if survived else phase if phase in active else next(iter(active), "between")
         orphans = None
@@ -232,8 +243,10 @@ class Trials:
         return found
 
 
-def _build(config: BuildConfig, output: Path, clock: Clock) -> list[tuple[str, float, float]]:
-    watched = Watched(clock)
+def _build(
+    config: BuildConfig, output: Path, clock: Clock, aim: tuple[str, int] | None = None
+) -> list[tuple[str, float, float]]:
+    watched = Watched(clock, aim)
     build(dataclasses.replace(config, output=output))
     return watched.spans
 

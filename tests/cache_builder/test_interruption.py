@@ -45,7 +45,7 @@ def interrupt(
         time.sleep(delay)
         process.send_signal(signal_number)
         slow.open()  # an interrupted build writes what it has scored
-        _, err = process.communicate(timeout=200)
+        _, err = process.communicate(timeout=400)
     finally:
         process.kill()
     return process.returncode, err

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections import Counter
 from csv import DictReader
 from pathlib import Path
 
@@ -27,9 +26,7 @@ def test_killed_builds_resume_to_the_same_bytes(store: str, seed: int, tmp_path:
     assert done.returncode == 0, done.stdout + done.stderr
     with (tmp_path / "kills.csv").open(encoding="utf8") as file:
         rows = list(DictReader(file))
-    hit = Counter({row["phase_hit"]: int(row["trials"]) for row in rows})
-    assert hit.total() == 10
+    hit = {row["phase_hit"]: int(row["trials"]) for row in rows}
+    assert hit == dict.fromkeys(("plan", "score", "encode", "commit", "manifest"), 2) | {"between": 0, "none": 0}
     assert sum(int(row["resumed_identical"]) for row in rows) == 10
     assert sum(int(row["gc_runs"]) for row in rows) == 5
-    # Where the machine is slow a signal may miss the phase that it was aimed at; few do.
-    assert sum(hit[phase] > 0 for phase in ("plan", "score", "encode", "commit", "manifest")) >= 3

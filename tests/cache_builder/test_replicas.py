@@ -107,7 +107,7 @@ def test_ctrl_c_ends_replicas_too_and_two_of_them_resume_to_the_same_bytes(
     for one in (process.pid, *inside):  # a terminal sends it to all of them
         os.kill(one, signal.SIGINT)
     slow.open()
-    _, err = process.communicate(timeout=200)
+    _, err = process.communicate(timeout=400)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert len(inside) == 2
@@ -133,7 +133,7 @@ def test_ctrl_c_before_replicas_have_started(flags: list[str], tmp_path: Path) -
     for one in (process.pid, *inside):
         os.kill(one, signal.SIGINT)
     late.open()
-    _, err = process.communicate(timeout=200)
+    _, err = process.communicate(timeout=400)
     assert process.returncode == 130, err
     assert err.splitlines() == ["interrupted: what was finished is kept; run the same command again to resume"]
     assert not any(Path(f"/proc/{child}").exists() for child in inside)
