@@ -1,4 +1,4 @@
-"""Ctrl-C while other processes are being started."""
+"""Ctrl-C while other processes are being started, and in these."""
 
 import signal
 import threading
@@ -29,3 +29,27 @@ def interrupts_held() -> Iterator[None]:
             signal.signal(signal.SIGINT, handler)
         if came:
             signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def interrupted_once() -> Iterator[None]:
+    """For all that a process does which was started with interrupts held: they come from here on.
+
+    The first one is a KeyboardInterrupt; any other, and all that come behind this, are nothing. A process that is at
+    its end would answer them with a traceback: the terminal's, or its parent's, who waits for it no longer.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, _nothing)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        yield
+    finally:
+        signal.signal(signal.SIGINT, _nothing)
+
+
+def _nothing(number: int, frame: object) -> None:
+    """Not SIG_IGN: Python complains of an interrupt that it has taken and finds ignored."""

@@ -10,10 +10,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from cache_builder.engines.base import Engine
 from cache_builder.progress import Progress, Work
 from cache_builder.rows import Cutter, cached_document
 from storage_specs.document import CachedDocument, Document
@@ -107,18 +105,6 @@ def windows_of_shard(job: Job, cutter: Cutter, k: int, k_ids: int, bins: int | N
     )
     requests = [window for windows in cut for window in windows]
     return OpenShard(shard=shard, documents=documents, requests=requests, finish=finish, work=work)
-
-
-def score_shards(
-    jobs: Iterable[Job], engine: Engine, cutter: Cutter, k_ids: int, work: Work, progress: Progress
-) -> Iterator[tuple[int, list[CachedDocument]]]:
-    """(shard, its documents with their rows) for each job, in order; `work` counts them all."""
-    k, edges = engine.config.k, engine.config.rank_edges
-    bins = None if edges is None else len(edges) - 1
-    opening = partial(windows_of_shard, cutter=cutter, k=k, k_ids=k_ids, bins=bins)
-    for opened, cached in finished_shards(jobs, opening, engine.score, progress):
-        work.add(opened.work)
-        yield opened.shard, cached
 
 
 class BackgroundWriter:

@@ -8,11 +8,11 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from cache_builder.interrupts import interrupts_held
+from cache_builder.interrupts import interrupted_once, interrupts_held
 from cache_builder.pipeline import Job
 from cache_builder.progress import Progress, Work
 from cache_builder.shard_worker import Recipe, ShardWorker
@@ -116,18 +116,30 @@ class _Jobs:
 def _replica(pipe: Connection, recipe: Recipe) -> None:
     """A replica's whole life. Errors travel as exceptions; a lost parent or Ctrl-C end it quietly."""
     try:
+        with interrupted_once():
+            _serve(pipe, recipe)
+    except KeyboardInterrupt:
+        return
+
+
+def _serve(pipe: Connection, recipe: Recipe) -> None:
+    try:
         pipe.send(None)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         with closing(ShardWorker(recipe)) as worker:
             while True:
                 pipe.poll(None)
                 worker.run(_Jobs(pipe), lambda shard, work: pipe.send((shard, work)), Progress(0, 0, 0))
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+    except EOFError:
         return
     except TeachOnceError as error:
-        pipe.send((None, error))
+        _tell(pipe, error)
     except Exception as error:  # a bug, or what an engine raises past its own nets: the other replicas go on
-        pipe.send((None, EngineError(f"a replica failed: {type(error).__name__}: {error}")))
+        _tell(pipe, EngineError(f"a replica failed: {type(error).__name__}: {error}"))
+
+
+def _tell(pipe: Connection, error: TeachOnceError) -> None:
+    with suppress(OSError):  # the parent is gone, which may have been the error: a pipe it left unread is reset
+        pipe.send((None, error))
 
 
 def _devices(size: int, gpus: int) -> list[str | None]:

@@ -21,6 +21,8 @@ from storage_specs.errors import CheckpointError, OutputFolderError, StorageFull
 
 RECORD = "distill.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# A checkpoint's optimizer: whole, in shards (FSDP), DeepSpeed's.
+_OPTIMIZER = ("optimizer*", "global_step*")
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What safetensors and torch.save say when a write fails; neither passes the system's error number on.
 _FAILED_WRITE = re.compile(r"I/O error|os error|PytorchStreamWriter|inline_container")
@@ -108,7 +110,10 @@ def last_whole_checkpoint(output_dir: Path) -> Path | None:
 
 
 def check_checkpoint(checkpoint: Path, run: dict[str, Any], replaced: Collection[str] = ()) -> None:
-    """Raises CheckpointError unless the checkpoint is whole and belongs to this run. replaced: as of `begin`."""
+    """Raises CheckpointError unless the checkpoint is whole, belongs to this run and says all that a run goes on from.
+
+    replaced: as of `begin`.
+    """
     record = read_record(checkpoint)
     if record is None:
         raise CheckpointError(
@@ -116,6 +121,11 @@ def check_checkpoint(checkpoint: Path, run: dict[str, Any], replaced: Collection
             "leave out --resume_from_checkpoint to resume from the last whole one"
         )
     _check_same_run(checkpoint, record["run"], run, replaced)
+    if not any(path for name in _OPTIMIZER for path in checkpoint.glob(name)):
+        raise CheckpointError(
+            f"checkpoint {checkpoint} holds no optimizer (--save_only_model), so the run cannot go on from it as if "
+            "nothing had happened: name another --output_dir, or remove this one, to start anew"
+        )
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

@@ -1,9 +1,11 @@
 """What a training run is told: every field of `transformers.TrainingArguments`, and the ones below."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.utils import is_liger_kernel_available
 
 from distill.alignment import MODES
 from distill.loss_mixture import LOSSES, LossMixture
@@ -99,6 +101,13 @@ class DistillationConfig(TrainingArguments):
             super().__post_init__()
         except Exception as error:  # every backend and integration that it looks for has errors of its own
             raise ConfigError(f"training arguments: {error}") from error
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{name} is {value}: must be a finite number")
+        if self.auto_find_batch_size:
+            raise ConfigError("auto_find_batch_size must be false: what a step learns from would depend on the machine")
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise ConfigError("use_liger_kernel needs the package liger-kernel: install it, or leave the flag out")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: must be at least 1")
@@ -162,7 +171,8 @@ class DistillationConfig(TrainingArguments):
 
     def _choose_metric(self) -> None:
         """The only metric there is, and that less of it is better. Raises ConfigError for another."""
-        if self.metric_for_best_model is None and not self.load_best_model_at_end:
+        wanted = self.load_best_model_at_end or self.save_strategy == "best"
+        if self.metric_for_best_model is None and not wanted:
             return
         metric = (self.metric_for_best_model or METRIC).removeprefix("eval_")
         if metric != METRIC or self.greater_is_better:

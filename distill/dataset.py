@@ -74,7 +74,7 @@ class CachedDocuments(Dataset[CachedDocument]):
             self._open = {shard: self._open[shard] for shard in indices.open_shards if shard in self._open}
             places = [self.place_of(index) for index in indices]
             for shard in dict.fromkeys(shard for shard, _ in places):
-                if shard not in self._open and not self._is_quarantined(shard):
+                if shard not in self._open and not self._is_quarantined(shard, indices.epoch):
                     self._read(shard, indices.epoch)
             return [self._open[shard].document(number) for shard, number in places if shard in self._open]
 
@@ -100,8 +100,8 @@ class CachedDocuments(Dataset[CachedDocument]):
         members = np.flatnonzero(self._wanted[self._first[shard] : self._first[shard + 1]])
         return shard, int(members[index - self._offsets[shard]])
 
-    def _is_quarantined(self, shard: int) -> bool:
-        return self.quarantine is not None and shard in self.quarantine
+    def _is_quarantined(self, shard: int, epoch: int) -> bool:
+        return self.quarantine is not None and self.quarantine.covers(shard, epoch)
 
     def _read(self, shard: int, epoch: int) -> None:
         try:

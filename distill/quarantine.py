@@ -13,8 +13,8 @@ class Quarantine:
     """The shards that a run leaves out, kept in `quarantine.jsonl` of its output folder, a line for each.
 
     A line: {"shard", "epoch" (from which on its documents are missing), "error", "documents": [[doc_id, rows], ...]}.
-    A resumed run leaves the same shards out from its first batch on. Ranks append to one file, so two that met the same
-    broken shard write its line twice.
+    Batches are prepared ahead, also those of the next epoch: a run that is resumed in an earlier epoch than a line's
+    reads that shard again for it. Ranks append to one file, so two that met the same broken shard write its line twice.
     """
 
     def __init__(self, output_dir: Path) -> None:
@@ -23,10 +23,11 @@ class Quarantine:
         self._lines: dict[int, dict[str, Any]] = {}
         if self.path.exists():
             for line in self.path.read_text(encoding="utf8").splitlines():
-                self._lines.setdefault((value := json.loads(line))["shard"], value)
+                self._keep(json.loads(line))
 
-    def __contains__(self, shard: int) -> bool:
-        return shard in self._lines
+    def covers(self, shard: int, epoch: int) -> bool:
+        """Whether an epoch goes without a shard."""
+        return shard in self._lines and epoch >= self._lines[shard]["epoch"]
 
     def add(self, shard: int, epoch: int, error: Exception, documents: Iterable[tuple[str, int]]) -> None:
         """Leave a shard out from now on; documents: id and rows of all that are lost to training."""
@@ -37,10 +38,15 @@ class Quarantine:
             "documents": [[doc_id, int(rows)] for doc_id, rows in documents],
         }
         with self._lock:
-            self._lines[shard] = line
+            self._keep(line)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf8") as file:  # one short write: whole lines, whoever else appends
                 file.write(json.dumps(line) + "\n")
+
+    def _keep(self, line: dict[str, Any]) -> None:
+        known = self._lines.get(line["shard"])
+        if known is None or line["epoch"] < known["epoch"]:
+            self._lines[line["shard"]] = line
 
     def summary(self) -> dict[str, Any] | None:
         """{"file", "shards", "documents", "rows"} lost, or None."""

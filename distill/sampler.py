@@ -12,11 +12,11 @@ Legend: G documents of a global batch, D documents of a stretch of the epoch.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from itertools import count, islice
+from typing import Literal
 
 import numpy as np
 from torch.utils.data import Sampler
-from transformers import TrainerCallback
 
 from storage_specs.errors import ConfigError
 
@@ -39,7 +39,8 @@ class EpochBatches(Sampler[MicroBatch]):
     accumulation) x `ranks` x `documents` (per micro-batch and rank). drop_last: drop the last incomplete global batch,
     instead of completing it with nothing. lengths: (documents,) of the dataset in any unit, or None; with them each
     stretch of the epoch between two shards is sorted into batches of like lengths, whose order is random.
-    Call `set_epoch` before iterating. Raises ConfigError where there is not one batch.
+    Iterating gives the epoch of `set_epoch`; `of_steps` runs through epochs. Raises ConfigError where there is not one
+    batch.
     """
 
     def __init__(
@@ -89,17 +90,32 @@ class EpochBatches(Sampler[MicroBatch]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        for batch_G, open_shards in self.global_batches():
+        return self._micro_batches(self.epoch)
+
+    def of_steps(self, first: int, stop: int) -> Iterator[MicroBatch]:
+        """The micro-batches of the steps first..stop - 1 of a run, epoch after epoch: where a run stands is its step
+        number, so a resumed one goes on exactly."""
+        wanted = max(0, stop - first) * self.shape[0]
+        for epoch in count(first // self.steps):
+            skipped = first % self.steps * self.shape[0] if epoch == first // self.steps else 0
+            for micro_batch in islice(self._micro_batches(epoch), skipped, skipped + wanted):
+                wanted -= 1
+                yield micro_batch
+            if not wanted:
+                return
+
+    def _micro_batches(self, epoch: int) -> Iterator[MicroBatch]:
+        for batch_G, open_shards in self.global_batches(epoch):
             for places in batch_G.reshape(self.shape)[:, self.rank]:
                 micro_batch = MicroBatch(places[places != EMPTY].tolist())
-                micro_batch.open_shards, micro_batch.epoch = open_shards, self.epoch
+                micro_batch.open_shards, micro_batch.epoch = open_shards, epoch
                 yield micro_batch
 
-    def global_batches(self) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
-        """(G,) int64 dataset indices of every step of the epoch, the same on every rank, and the shards open then."""
+    def global_batches(self, epoch: int = 0) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
+        """(G,) int64 dataset indices of every step of an epoch, the same on every rank, and the shards open then."""
         size = self.global_size
         waiting_D = np.zeros(0, dtype=np.int64)
-        for served_D, shards, random in self._stretches():
+        for served_D, shards, random in self._stretches(epoch):
             waiting_D = np.concatenate([waiting_D, served_D])
             whole = len(waiting_D) // size * size
             batches, waiting_D = waiting_D[:whole], waiting_D[whole:]
@@ -114,9 +130,9 @@ class EpochBatches(Sampler[MicroBatch]):
             batch_G[np.arange(len(waiting_D)) * size // len(waiting_D)] = waiting_D
             yield batch_G, self._shards_of(waiting_D, ())
 
-    def _stretches(self) -> Iterator[tuple[np.ndarray, tuple[int, ...], np.random.Philox]]:
+    def _stretches(self, epoch: int) -> Iterator[tuple[np.ndarray, tuple[int, ...], np.random.Philox]]:
         """For every position of the window: the documents served there, in order, and the shards in it."""
-        random = np.random.Philox(key=[self.seed % 2**64, self.epoch])
+        random = np.random.Philox(key=[self.seed % 2**64, epoch])
         shards = _permutation(random, len(self.counts))
         width = min(self.shards_mixed, len(shards))
         positions = len(shards) - width + 1
@@ -126,9 +142,9 @@ class EpochBatches(Sampler[MicroBatch]):
             while entered < position + width:
                 shard = int(shards[entered])
                 first, last = max(0, entered - width + 1), min(entered, positions - 1)
-                count = int(self.counts[shard])
-                pending_D = np.concatenate([pending_D, np.arange(self.offsets[shard], self.offsets[shard] + count)])
-                times = first + (last + 1 - first) * _uniform(random, count)
+                size = int(self.counts[shard])
+                pending_D = np.concatenate([pending_D, np.arange(self.offsets[shard], self.offsets[shard] + size)])
+                times = first + (last + 1 - first) * _uniform(random, size)
                 times_D = np.concatenate([times_D, np.minimum(times, np.nextafter(last + 1, 0))])  # rounded up: no
                 entered += 1
             order_D = np.argsort(times_D, kind="stable")
@@ -140,16 +156,6 @@ class EpochBatches(Sampler[MicroBatch]):
     def _shards_of(self, documents_D: np.ndarray, more: tuple[int, ...]) -> tuple[int, ...]:
         found = np.unique(np.searchsorted(self.offsets, documents_D, side="right") - 1)
         return tuple(sorted({*found.tolist(), *more}))
-
-
-class SetEpoch(TrainerCallback):
-    """Tells the sampler its epoch from the step number, which is exact after resuming, mid-epoch or between epochs."""
-
-    def __init__(self, batches: EpochBatches) -> None:
-        self.batches = batches
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.batches.set_epoch(state.global_step // self.batches.steps)
 
 
 def _permutation(random: np.random.Philox, count: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from distill.encoder_decoder import decoder_start_of
 from distill.head import picked_logits
 from distill.student_inputs import StudentInputs, StudentWindow
 from storage_specs.document import CachedDocument, Document
-from storage_specs.errors import AlignmentError, ConfigError
+from storage_specs.errors import AlignmentError, ConfigError, NonFiniteLossError
 
 __all__ = [
     "Scores",
@@ -139,7 +139,7 @@ def score(
 ) -> list[Scores]:
     """What `model` says about every document; bar: moved on by tokens, instead of a bar of its own.
 
-    Raises ConfigError where max_length is more than the model reads.
+    Raises ConfigError where max_length is more than the model reads, NonFiniteLossError where it says NaN.
     """
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and max_length > limit:
@@ -159,7 +159,13 @@ def score(
     with tqdm(**own, disable=None) if bar is None else nullcontext(bar) as bar:
         for first in range(0, len(flat), batch_size):
             batch = flat[first : first + batch_size]
-            for window, nats_R in zip(batch, _nats(model, inputs, batch), strict=True):
+            found = _nats(model, inputs, batch)
+            if not all(np.isfinite(nats_R).all() for nats_R in found):
+                raise NonFiniteLossError(
+                    f"what the model {model.name_or_path} says about a token is no finite number: its weights are NaN, "
+                    f"or overflow in {str(model.dtype).removeprefix('torch.')}: take an earlier checkpoint, or --dtype"
+                )
+            for window, nats_R in zip(batch, found, strict=True):
                 nats[id(window)] = nats_R
                 bar.update(len(window.ids))
     return [_joined(of_one, nats) for of_one in windows]

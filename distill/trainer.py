@@ -33,14 +33,14 @@ from distill.head import picked_logits
 from distill.held_out import held_out_documents, held_out_figures
 from distill.mixed_precision import keep_output_dtype
 from distill.packing import check_packing
-from distill.prefetch import Prefetched
 from distill.probe import GradientProbe, HarmWatch, warning
 from distill.progress import TokenProgress
 from distill.quarantine import Quarantine
 from distill.ranks import RankSums
-from distill.sampler import EpochBatches, SetEpoch
+from distill.sampler import EpochBatches
 from distill.step_log import NO_COUNTS, StepLog, batch_counts
 from distill.step_loss import UNITS, StepLoss
+from distill.stream import Stream
 from storage_specs.errors import CheckpointError, ConfigError, CorruptCacheError, TeachOnceError
 
 
@@ -97,6 +97,9 @@ class CachedDistillationTrainer(Trainer):
         self.comparison = comparison
         self.run = (run or {}) | train_dataset.identity
         self.batches = self._epoch_batches()
+        self.stream = Stream(
+            train_dataset, self.batches, collator, pinned=args.dataloader_pin_memory and args.device.type == "cuda"
+        )
         if args.on_corrupt == "quarantine":
             train_dataset.quarantine = Quarantine(Path(args.output_dir))
         for callback in (ProgressCallback, PrinterCallback):
@@ -106,9 +109,7 @@ class CachedDistillationTrainer(Trainer):
         self.harm_watch = HarmWatch()
         self.over_ranks = RankSums(self.accelerator.num_processes)
         self.finite = FiniteLosses()
-        self._prefetched: Prefetched[Batch] | None = None
         self._packing_checked = False
-        self.add_callback(SetEpoch(self.batches))
         self.add_callback(TokenProgress(self.step_log))
 
     # ---- batches
@@ -127,12 +128,11 @@ class CachedDistillationTrainer(Trainer):
         )
 
     def get_train_dataloader(self) -> DataLoader:
-        """Not prepared by accelerate, which would shard and shuffle anew what `EpochBatches` has decided."""
+        """One epoch; `train` asks it for its length, and takes its batches from `stream`."""
         return DataLoader(
             self.train_dataset,
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             generator=torch.Generator(),  # draws nothing from the one that dropout uses
         )
 
@@ -144,18 +144,16 @@ class CachedDistillationTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:  # resumed from the very last checkpoint: nothing is left
             self.control.should_training_stop = True
             return [], None
-        if self._prefetched is None or self._prefetched.source is not epoch_iterator:
-            self._stop_prefetching()
-            self._prefetched = Prefetched(epoch_iterator)
+        stream = self.stream.at(self.state.global_step, self.state.max_steps)
         weights, counts, batches, failure = torch.zeros(len(UNITS), dtype=torch.float64), NO_COUNTS, [], None
-        waited_before = self._prefetched.waited
+        waited_before = stream.waited
         try:
-            batches, _ = super().get_batch_samples(self._prefetched, num_batches, device)
+            batches, _ = super().get_batch_samples(stream, num_batches, device)
             weights = sum((self.step_loss.weight_sums(batch) for batch in batches), weights)
             counts = sum((batch_counts(batch) for batch in batches), counts)
         except TeachOnceError as error:
             failure = error
-        self.step_log.add_wait(self._prefetched.waited - waited_before)
+        self.step_log.add_wait(stream.waited - waited_before)
         failed = torch.tensor([failure is not None], dtype=torch.float64)
         sums = self.over_ranks(torch.cat([weights, counts, failed]))
         weights, counts, failed = sums.split([len(weights), len(counts), 1])
@@ -165,11 +163,6 @@ class CachedDistillationTrainer(Trainer):
         if self.args.probe_steps and self.state.global_step % self.args.probe_steps == 0 and batches:
             self._probe(batches[0])
         return batches, weights.clamp(min=1)
-
-    def _stop_prefetching(self) -> None:
-        if self._prefetched is not None:
-            self._prefetched.close()
-            self._prefetched = None
 
     def _stop_without_batches(self, failure: TeachOnceError | None) -> None:
         """Keep what was learned, then raise; failure: this rank's, or None where it was another's."""
@@ -285,7 +278,7 @@ class CachedDistillationTrainer(Trainer):
         try:
             output = super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **options)
         finally:
-            self._stop_prefetching()
+            self.stream.close()
         self.finite.check()
         return output
 

@@ -6,16 +6,17 @@
     python scripts/bench_training.py --cache my-cache --tokenizer HuggingFaceTB/SmolLM2-135M   # real rows and text
 
 Run from the repository root (PYTHONPATH=. where the package is not installed). Needs no network: weights are random,
-tokenizers are trained on made-up text, a cache of made-up rows is written to a temporary folder. Four arms take turns,
+tokenizers are trained on made-up text, a cache of made-up rows is written to a temporary folder. The arms take turns,
 each for some steps of the same batches on the same weights:
 
     stock      transformers.Trainer, the model's own cross entropy
     ce         CachedDistillationTrainer, cross entropy alone
-    ce+uld     --loss ce:1,uld:1.5
-    ce+uld+mapped
+    ce+uld     --loss ce:1,uld:1.5; and so on (`ARMS`; what kl and jsd cost is bench_loss.py's)
 
 Time of a step: between the ends of two steps on the device, without the first ones of a turn; every timed step of every
-turn counts. Appends a row for each arm to scripts/results/training.csv: ratios are of medians.
+turn counts. Data wait: how long a step's batch was waited for, as a share of that step; on a GPU, which may still be
+busy meanwhile, at most that much is lost. Appends a row for each arm to scripts/results/training.csv: ratios are of
+medians.
 """
 
 import argparse
@@ -43,9 +44,18 @@ from storage_specs.vocabulary import Vocabulary, tokenizer_digest
 
 RESULTS = Path(__file__).parent / "results" / "training.csv"
 FIELDS = ("shape", "arm", "documents", "max_length", "tokens_per_step", "median_ms", "p10_ms", "p90_ms", "steps")
-FIELDS += ("of_stock", "of_ce", "tokens_per_second", "data_wait", "peak_gib", "rows_per_shard", "cache", "machine")
+FIELDS += ("of_stock", "of_ce", "tokens_per_second", "data_wait")
+FIELDS += ("data_wait_median", "data_wait_p99", "peak_gib", "rows_per_shard", "cache", "machine")
 FIELDS += ("torch", "transformers", "triton", "python", "date")
-ARMS = {"stock": None, "ce": "ce:1", "ce+uld": "ce:1,uld:1.5", "ce+uld+mapped": "ce:1,uld:1.5,mapped:1"}
+ARMS = {
+    "stock": None,
+    "ce": "ce:1",
+    "ce+uld": "ce:1,uld:1.5",
+    "ce+mapped": "ce:1,mapped:1",
+    "ce+uld+mapped": "ce:1,uld:1.5,mapped:1",
+    "ce+hybrid": "ce:1,hybrid:1",
+    "ce+likelihood": "ce:1,likelihood:1",
+}
 K, K_IDS = 64, 16
 
 
@@ -103,8 +113,16 @@ class Timings:
     """What the turns of one arm gave."""
 
     step_ms: list[float] = field(default_factory=list)
-    data_waits: list[float] = field(default_factory=list)
+    waits_ms: list[float] = field(default_factory=list)  # of the same steps; none of stock
     peak_gib: float = 0.0
+
+    @property
+    def data_waits(self) -> tuple[float, float, float] | None:
+        """Shares of the steps' time: of all of it, median and 99th percentile of single steps."""
+        if not self.waits_ms:
+            return None
+        shares = np.divide(self.waits_ms, self.step_ms)
+        return sum(self.waits_ms) / sum(self.step_ms), float(np.median(shares)), float(np.percentile(shares, 99))
 
 
 class StepClock(TrainerCallback):
@@ -202,8 +220,11 @@ class Bench:
 
     def turn(self, arm: str, timings: Timings) -> None:
         """Some steps of one arm."""
-        trainer, clock = self.trainer(arm), StepClock(self.device == "cuda")
+        trainer, clock, waits = self.trainer(arm), StepClock(self.device == "cuda"), []
         trainer.add_callback(clock)
+        if arm != "stock":
+            add_wait = trainer.step_log.add_wait
+            trainer.step_log.add_wait = lambda seconds: (waits.append(seconds * 1000), add_wait(seconds))
         if self.device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -212,10 +233,9 @@ class Bench:
         trainer.train()
         hook.remove()
         timings.step_ms += clock.step_ms(self.options.warm_up)
+        timings.waits_ms += waits[self.options.warm_up :]
         if self.device == "cuda":
             timings.peak_gib = max(timings.peak_gib, torch.cuda.max_memory_allocated() / 2**30)
-        waits = [line["data_wait"] for line in trainer.state.log_history if "data_wait" in line]
-        timings.data_waits += waits[1:]  # the first line holds the filling of the queue
         trainer.accelerator.free_memory()
         # accelerate prepares a model once: without its marks the next turn's trainer prepares it as its own.
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
@@ -229,7 +249,7 @@ class Bench:
         """Rounds of turns of all arms; none is begun that would take longer than there is time, but for the first."""
         self.read_batches()
         self.check()
-        timings, longest = {arm: Timings() for arm in ARMS}, 0.0
+        timings, longest = {arm: Timings() for arm in self.options.arms}, 0.0
         for number in range(self.options.turns):
             began = time.perf_counter()
             if number and began + longest > until:
@@ -346,12 +366,12 @@ def report(bench: Bench, timings: dict[str, Timings], results: Path, cache: str,
         for arm, found in timings.items():
             times, median = sorted(found.step_ms), medians[arm]
             p10, p90 = times[len(times) // 10], times[-1 - len(times) // 10]
-            wait = statistics.mean(found.data_waits) if found.data_waits else None
+            waits = found.data_waits
+            said = "-" if waits is None else "{:.2%} (a step: median {:.2%}, p99 {:.2%})".format(*waits)
             speed, of_stock, of_ce = bench.tokens / median * 1000, median / medians["stock"], median / medians["ce"]
             print(
                 f"{bench.name:8s} {arm:14s} {median:9.2f} ms  [{p10:.2f}, {p90:.2f}]  {of_stock:.3f} of stock  "
-                f"{of_ce:.3f} of ce  {speed:9.0f} tok/s  data wait {'-' if wait is None else format(wait, '.2%')}  "
-                f"{found.peak_gib:.2f} GiB",
+                f"{of_ce:.3f} of ce  {speed:9.0f} tok/s  data wait {said}  {found.peak_gib:.2f} GiB",
                 flush=True,
             )
             writer.writerow(
@@ -359,7 +379,7 @@ def report(bench: Bench, timings: dict[str, Timings], results: Path, cache: str,
                     *(bench.name, arm, bench.shape.documents, bench.shape.max_length, f"{bench.tokens:.0f}"),
                     *(f"{median:.3f}", f"{p10:.3f}", f"{p90:.3f}", len(times)),
                     *(f"{of_stock:.4f}", f"{of_ce:.4f}", f"{speed:.0f}"),
-                    "" if wait is None else f"{wait:.5f}",
+                    *(("", "", "") if waits is None else (f"{wait:.5f}" for wait in waits)),
                     f"{found.peak_gib:.3f}",
                     *(rows_per_shard, cache, machine, torch.__version__, transformers.__version__, _triton_version()),
                     *(platform.python_version(), time.strftime("%Y-%m-%d")),
@@ -380,6 +400,7 @@ def main(arguments: Sequence[str]) -> int:
     add = parser.add_argument
     add("--shapes", default="smollm2,llama1b", help="comma-separated (default: smollm2,llama1b)")
     add("--tiny", action="store_true", help="a tiny shape on the CPU")
+    add("--arms", default=",".join(ARMS), help="comma-separated; stock and ce are always there (default: all)")
     add("--turns", type=int, default=3, help="turns of each arm (3)")
     add("--steps", type=int, default=24, help="timed steps of a turn; the queue of batches must run dry in them (24)")
     add("--seconds", type=float, default=float("inf"), help="begin no round that would end later (no limit)")
@@ -388,6 +409,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--tokenizer", help="the student's tokenizer for --cache: folder or hub name")
     add("--results", type=Path, default=RESULTS, help="CSV to append to")
     options = parser.parse_args(arguments)
+    options.arms = [arm for arm in ARMS if arm in {"stock", "ce", *options.arms.split(",")}]
     began = time.perf_counter()
     names = ["tiny"] if options.tiny else options.shapes.split(",")
     transformers.logging.set_verbosity_error()

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from proof_grid import ARMS, BLOCKS, KEY, RATES, SCALES, Block, Cell, Row, cells_of
-from proof_rows import append_row, claim, done_keys, lock_file, read_rows
+from proof_rows import append_row, claim, done_keys, lock_file
+from result_table import read_rows
 
 RESULTS = Path(__file__).parent / "results" / "proof.csv"
 # Seconds of a cell before one like it was measured: what its steps, and the rest, take there.

@@ -89,12 +89,14 @@ class Laboratory:
         return proof_tasks.documents(task, "validation", count), proof_tasks.documents(task, "test", count)
 
     def _baseline(self, task: str, student: str) -> "Baseline":
-        path = self.stages.folder / "baselines" / f"{task}-{student}-{self.stages.training(task).test}"
-
         def make(scratch: Path) -> None:
             (scratch / "scores").write_bytes(pickle.dumps(Baseline.of(self, task, student)))
 
-        self.stages.once(path, make)
+        stages = self.stages
+        training = stages.training(task)
+        settings = {name: getattr(training, name) for name in ("test", "max_length", "max_new_tokens")}
+        settings |= {"teacher": stages.cache_settings(task, "given"), "student": stages.student_settings(student)}
+        path = stages.once(stages.folder / "baselines" / f"{task}-{student}", settings, make)
         return pickle.loads((path / "scores").read_bytes())
 
     def _bytes_per_row(self, task: str, answers: str, k_ids: int) -> float:
@@ -211,12 +213,15 @@ def measure(laboratory: Laboratory, cell: Cell) -> dict[str, Any]:
     }
     try:
         model, trained = train_once(laboratory, cell)
+        of_validation, of_test = (
+            laboratory.scores(model, tokenizer, documents, training.max_length) for documents in (validation, test)
+        )
     except NonFiniteLossError:  # a rate too high: never the best, and that is known now
         found |= dict.fromkeys(("validation_bits_per_byte", "bits_per_byte"), math.inf)
         return {name: found.get(name, math.nan) for name in MEASURED} | {"seconds": time.perf_counter() - began}
-    on_validation = summed({"student": laboratory.scores(model, tokenizer, validation, training.max_length)})
+    on_validation = summed({"student": of_validation})
     scores = {
-        "bits_per_byte": laboratory.scores(model, tokenizer, test, training.max_length),
+        "bits_per_byte": of_test,
         "teacher_bits_per_byte": baseline.teacher,
         "untrained_bits_per_byte": baseline.untrained,
     }
@@ -224,6 +229,7 @@ def measure(laboratory: Laboratory, cell: Cell) -> dict[str, Any]:
     answers = proof_tasks.answer_scores(cell.task, model, tokenizer, training)
     del model
     gc.collect()  # a Trainer and its model hold each other; on a GPU that others share it matters
+    torch.cuda.empty_cache()
     metric = next(iter(answers), "")
     found |= trained | {
         "seconds": time.perf_counter() - began,

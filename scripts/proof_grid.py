@@ -81,6 +81,7 @@ SCALES: dict[str, dict[str, Training]] = {
     "tiny": {
         "wikipedia": Training(documents=48, batch=4, steps=3, max_length=64, test=4),
         "disfl_qa": Training(documents=8, batch=4, steps=2, max_length=96, test=4, max_new_tokens=4),
+        "xsum": Training(documents=8, batch=4, steps=2, max_length=96, test=4, max_new_tokens=4),
     },
 }
 # A cut student has everything to learn again, a whole one little to gain by large steps.

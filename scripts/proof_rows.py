@@ -10,14 +10,6 @@ from typing import Any, TextIO
 from proof_grid import KEY, Row
 
 
-def read_rows(results: Path) -> list[Row]:
-    """The finished cells. A line that a full disk or a power cut tore is no row."""
-    if not results.exists():
-        return []
-    with results.open(encoding="utf8", newline="") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values() and None not in row]
-
-
 def append_row(results: Path, row: dict[str, Any]) -> None:
     """One line more, in one write; whoever else appends waits. Raises ValueError for a file of other columns."""
     results.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from proof import RESULTS
 from proof_grid import ARMS, BLOCKS, DEFAULT_K_IDS, KEY, SCALES, Block, Cell, Row, cells_of, rates_of
-from proof_rows import done_keys, read_rows
+from proof_rows import done_keys
+from result_table import read_rows
 
 README = Path(__file__).parents[1] / "distill" / "README.md"
 BEGIN, END = "<!-- proof -->\n", "\n<!-- /proof -->"

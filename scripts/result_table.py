@@ -22,7 +22,7 @@ class ResultTable:
         names = list(dict.fromkeys(name for row in [*self.earlier, *rows] for name in row))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         whole = self.path.with_suffix(".new")
-        with whole.open("w", newline="") as file:
+        with whole.open("w", encoding="utf8", newline="") as file:
             table = csv.DictWriter(file, names, restval="", lineterminator="\n")
             table.writeheader()
             table.writerows([*self.earlier, *rows])
@@ -30,11 +30,11 @@ class ResultTable:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV; none where it is not there yet."""
+    """The rows of a CSV; none where it is not there yet. A line that a full disk or a power cut tore is no row."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    with path.open(encoding="utf8", newline="") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values() and None not in row]
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,9 +1,8 @@
 """The Arrow store: a shard is one Parquet file, `shards/000000.parquet`, one row per document with list columns.
 
     kind, text, messages (JSON), metadata (JSON): string
-    the arrays of the rows: list<number>; of an array (T, width) all T * width numbers of a document, row after row
-    rank-major ones: list<fixed_size_binary>, a row's numbers (little endian) in each; byte-stream-split puts all rows'
-    first bytes side by side, then all second ones
+    the arrays of the rows: (N,) list<number>; (N, width) list<fixed_size_binary>, a row's numbers (little endian) in
+    each, for pyarrow reads one binary in the time of two or three numbers of a list
     the ids in a file of their own, `shards/000000.ids.parquet`, and so each table, one row per entry
 
 zstd pages with checksums, row groups of whole documents.
@@ -35,7 +34,6 @@ IN_IDS = frozenset({"id_low", "id_high"})
 STRINGS = ("kind", "text", "messages", "metadata")
 ROWS_PER_GROUP = 8192
 MOST_GROUPS = 100  # of a file: its footer must be small
-CODING = "BYTE_STREAM_SPLIT"  # of all numbers but bools
 
 
 def encode(shard: StoredShard, wanted: ShardArrays, stem: str) -> dict[str, EncodedObject]:
@@ -57,7 +55,7 @@ def encode(shard: StoredShard, wanted: ShardArrays, stem: str) -> dict[str, Enco
     for name, specs in _files(wanted).items():
         lists = {spec.name: _lists(shard.arrays[spec.name], spec, shard.document_rows) for spec in specs}
         table = pa.table(lists if name else columns | lists)
-        coding = {f"{spec.name}.list.element": "PLAIN" if spec.dtype.kind == "b" else CODING for spec in specs}
+        coding = {f"{spec.name}.list.element": _coding(spec) for spec in specs}
         contents[f"{stem}{name}{SUFFIX}"] = table_to_object(table, coding, groups)
     for name in wanted.tables:
         table = pa.table({name: pa.array(shard.tables[name], pa.uint32())})
@@ -143,17 +141,21 @@ def _room(specs: Sequence[ArraySpec], size: ShardSize) -> Room:
     most = {"kind": 16 * size.documents, "text": size.text_bytes}
     room = {name: (most.get(name, MAX_HEADER_BYTES), size.documents) for name in STRINGS}
     for spec in specs:
-        width = spec.width or 1
-        values = size.rows * (1 if spec.rank_major else width)
-        room[spec.name] = (size.rows * width * spec.dtype.itemsize, values + size.documents)
+        room[spec.name] = (size.rows * (spec.width or 1) * spec.dtype.itemsize, size.rows + size.documents)
     return room
 
 
+def _coding(spec: ArraySpec) -> str:
+    """Byte-stream-split: all rows' first bytes side by side, then all second ones. Not where bytes follow their row."""
+    along_rows = not spec.rank_major and spec.shuffle == "noshuffle"
+    return "PLAIN" if along_rows or spec.dtype.kind == "b" else "BYTE_STREAM_SPLIT"
+
+
 def _element(spec: ArraySpec) -> "pa.DataType":
-    """What the lists of an array hold: numbers, or whole rows of a rank-major one."""
+    """What the lists of an array hold: numbers, or whole rows of them."""
     import pyarrow as pa
 
-    return pa.binary(spec.width * spec.dtype.itemsize) if spec.rank_major else pa.from_numpy_dtype(spec.dtype)
+    return pa.from_numpy_dtype(spec.dtype) if spec.width is None else pa.binary(spec.width * spec.dtype.itemsize)
 
 
 def _lists(values: np.ndarray, spec: ArraySpec, document_rows: np.ndarray) -> "pa.ListArray":
@@ -162,11 +164,14 @@ def _lists(values: np.ndarray, spec: ArraySpec, document_rows: np.ndarray) -> "p
 
     if values.dtype != spec.dtype or values.shape != spec.shape(int(document_rows.sum())):
         raise ValueError(f"array {spec.name} is {values.dtype} {values.shape}")
-    values, ends = np.ascontiguousarray(values), np.cumsum([0, *document_rows])
-    if spec.rank_major:
-        elements = pa.Array.from_buffers(_element(spec), len(values), [None, pa.py_buffer(values.view(np.uint8))])
-        return pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), elements)
-    return pa.ListArray.from_arrays(pa.array((ends * (spec.width or 1)).astype(np.int32)), pa.array(values.reshape(-1)))
+    elements = pa.array(values) if spec.width is None else _binaries(np.ascontiguousarray(values), spec)
+    return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *document_rows]).astype(np.int32)), elements)
+
+
+def _binaries(values: np.ndarray, spec: ArraySpec) -> "pa.FixedSizeBinaryArray":
+    import pyarrow as pa
+
+    return pa.Array.from_buffers(_element(spec), len(values), [None, pa.py_buffer(values.view(np.uint8))])
 
 
 def _flat(column: "pa.ChunkedArray", spec: ArraySpec) -> tuple[np.ndarray, np.ndarray]:
@@ -176,14 +181,11 @@ def _flat(column: "pa.ChunkedArray", spec: ArraySpec) -> tuple[np.ndarray, np.nd
     if lists.null_count or values.null_count:
         raise ValueError(f"column {spec.name} has nulls")
     lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-    if spec.rank_major:
-        first, count = values.offset * spec.width, len(values) * spec.width
-        numbers = np.frombuffer(values.buffers()[1] or b"", spec.dtype)[first : first + count]
-        return lengths, numbers.reshape(-1, spec.width)
-    numbers, width = values.to_numpy(zero_copy_only=False), spec.width or 1
-    if (lengths % width).any():
-        raise ValueError(f"column {spec.name} has lists that are not whole rows of {width}")
-    return lengths // width, numbers if spec.width is None else numbers.reshape(-1, width)
+    if spec.width is None:
+        return lengths, values.to_numpy(zero_copy_only=False)
+    first, count = values.offset * spec.width, len(values) * spec.width
+    numbers = np.frombuffer(values.buffers()[1] or b"", spec.dtype)[first : first + count]
+    return lengths, numbers.reshape(-1, spec.width)
 
 
 def _table(source: ShardBytes, name: str, column: str, most: int) -> np.ndarray:

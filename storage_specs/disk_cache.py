@@ -22,6 +22,7 @@ from pathlib import Path
 
 from storage_specs.document import canonical_json
 from storage_specs.errors import ConfigError, CorruptCacheError
+from storage_specs.lease import unlocked
 from storage_specs.objects import ByteRange, Objects
 from storage_specs.stored_object import StoredObject
 
@@ -173,4 +174,4 @@ def _locked(path: Path) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            os.close(descriptor)
+            unlocked(descriptor)

@@ -106,7 +106,7 @@ class CheckpointError(TeachOnceError, ValueError):
 
 
 class NonFiniteLossError(TeachOnceError, FloatingPointError):
-    """A training loss became NaN or infinite."""
+    """A loss became NaN or infinite, in training or on held-out text."""
 
 
 class EvaluationError(TeachOnceError, ValueError):

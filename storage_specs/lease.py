@@ -8,7 +8,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from storage_specs.errors import CacheInUseError
@@ -35,7 +35,7 @@ def commit_turn(objects: Objects) -> Iterator[None]:
     try:
         yield
     finally:
-        os.close(folder)
+        unlocked(folder)
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def lease(objects: Objects, *, shared: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        os.close(folder)
+        unlocked(folder)
 
 
 def _locked(folder: Path, how: int) -> int:
@@ -79,3 +79,13 @@ def _locked(folder: Path, how: int) -> int:
             os.close(descriptor)
             raise
     return descriptor
+
+
+def unlocked(descriptor: int) -> None:
+    """Give a lock back and close its descriptor, of which a process that was forked meanwhile has a copy.
+
+    Closing alone would leave the lock with that process until it ends, a data loader's worker after the last epoch.
+    """
+    with suppress(OSError):  # no such locks here
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)

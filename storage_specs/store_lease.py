@@ -1,15 +1,17 @@
 """The lease of a cache in an object store: an object that its holder keeps young, as stores have no locks.
 
 `.writing/lease-000007` names host and process. Whoever wants to write creates the next number, which only one can, and
-then looks at the lower ones: if a holder is alive, he takes his own back; if all are gone, he has the cache. Gone is a
-process of this host that does not run any more, and any other whose object has not been written again for LEASE_SECONDS
-by the store's clock.
+then looks at the others. If a lower one is alive, he takes his own back. If a higher one is, he waits for it to do so,
+and takes his own back where it stays: its holder came while a still lower one, since gone, stood there, and saw nobody
+when he looked. If all are gone, he has the cache. Gone is a process of this host that does not run any more, and any
+other whose object has not been written again for LEASE_SECONDS by the store's clock.
 """
 
 import json
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +23,7 @@ from storage_specs.objects import Objects
 
 LEASE_SECONDS = 120
 BEAT_SECONDS = 20
+YIELDING_SECONDS = (0.1, 0.4, 1.5)  # after which others are looked at again
 _PREFIX = f"{WRITING_FOLDER}/lease-"
 _held: set[str] = set()  # by this process
 
@@ -54,15 +57,28 @@ def _acquire(objects: Objects, data: bytes) -> str:
     if not objects.create(ours, data):
         raise _in_use(objects, "another process, which was faster,")
     clock = objects.age(ours) or 0.0  # how far the store's clock is from ours
-    for name in sorted(name for name, _ in objects.list(_PREFIX)):
-        if name >= ours:
-            break
-        holder, age = _holder(objects, name), objects.age(name)
-        if holder is not None and age is not None and _is_there(holder, age - clock):
+    for pause in (*YIELDING_SECONDS, None):
+        others = _living(objects, ours, clock)
+        if not others:
+            return ours
+        name, holder = others[0]
+        if name < ours or pause is None:
             objects.delete(ours)
             raise _in_use(objects, f"process {holder['process']} of the machine {holder['host']}")
-        objects.delete(name)
-    return ours
+        time.sleep(pause)
+    raise AssertionError  # the last pause is None
+
+
+def _living(objects: Objects, ours: str, clock: float) -> list[tuple[str, dict]]:
+    """The other leases whose holders are there, in order; what the others left is removed."""
+    living = []
+    for name in sorted(name for name, _ in objects.list(_PREFIX) if name != ours):
+        holder, age = _holder(objects, name), objects.age(name)
+        if holder is not None and age is not None and _is_there(holder, age - clock):
+            living.append((name, holder))
+        else:
+            objects.delete(name)
+    return living
 
 
 def _holder(objects: Objects, name: str) -> dict | None:

@@ -3,7 +3,8 @@
 Faults, each for the next `times` requests that match: an int = that status instead of asking the server; `lose` = the
 server does it, the connection dies before the answer; `reset` = the connection dies in the middle of the body;
 `truncate` = a body cut short under an honest-looking Content-Length; `garble` = one flipped bit in the body; `slow` =
-half a second before the answer; `refuse` = the connection dies before the server is asked.
+half a second before the answer; `refuse` = the connection dies before the server is asked; `hang` = the same, but only
+once the proxy heals.
 """
 
 import http.client
@@ -13,10 +14,11 @@ import struct
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 SLOW_SECONDS = 0.5
+PATIENCE = 120.0  # seconds for what must come
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "server", "date"}
 
 
@@ -26,12 +28,15 @@ class Fault:
     method: str
     path: str
     times: int
+    skip: int
+    over: threading.Event = field(default_factory=threading.Event)
 
 
 class FaultyProxy:
     """Listens on a port of its own before `upstream` (host, port). `requests` counts (method, path) of all.
 
-    delay_seconds: before every answer, as a store far away has it.
+    delay_seconds: before every answer, as a store far away has it. gather: no request is answered before so many have
+    been under way at once.
     """
 
     def __init__(self, upstream: tuple[str, int]) -> None:
@@ -40,8 +45,8 @@ class FaultyProxy:
         self.requests: Counter[tuple[str, str]] = Counter()
         self.drop_headers: set[str] = set()  # of requests, in lower case
         self.delay_seconds = 0.0
-        self.connections: set[tuple[str, int]] = set()  # open ones, by the client's address
-        self.at_once = self.most_at_once = 0
+        self.connections: set[socket.socket] = set()  # open ones
+        self.at_once = self.most_at_once = self.gather = 0
         self.lock = threading.Lock()
         self.server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
         self.server.proxy = self
@@ -49,27 +54,40 @@ class FaultyProxy:
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02})
         self.thread.start()
 
-    def fail(self, kind: str | int, *, method: str = ".*", path: str = ".*", times: int = 1) -> None:
-        """Break the next `times` requests whose method and path (with its query) match the patterns."""
-        self.faults.append(Fault(kind, method, path, times))
+    def fail(self, kind: str | int, *, method: str = ".*", path: str = ".*", times: int = 1, skip: int = 0) -> None:
+        """Break the next `times` requests, after `skip` others, whose method and path (with its query) match."""
+        self.faults.append(Fault(kind, method, path, times, skip))
 
     def heal(self) -> None:
-        self.faults.clear()
+        with self.lock:
+            for fault in self.faults:
+                fault.over.set()
+            self.faults.clear()
 
     def count(self, method: str, path: str = ".*") -> int:
         """How many requests of that method matched so far."""
-        return sum(n for (verb, where), n in self.requests.items() if verb == method and re.search(path, where))
+        with self.lock:  # others come in while we count
+            return sum(n for (verb, where), n in self.requests.items() if verb == method and re.search(path, where))
 
-    def fault_of(self, method: str, path: str) -> str | int | None:
+    def fault_of(self, method: str, path: str) -> Fault | None:
         with self.lock:
             self.requests[method, path] += 1
             for fault in self.faults:
                 if fault.times > 0 and re.fullmatch(fault.method, method) and re.search(fault.path, path):
+                    if fault.skip > 0:
+                        fault.skip -= 1
+                        continue
                     fault.times -= 1
-                    return fault.kind
+                    return fault
         return None
 
-    def settle(self, others: set[tuple[str, int]]) -> None:
+    def wait_for_others(self) -> None:
+        """Those of `gather`; less than a client's patience, which is 30 seconds."""
+        deadline = time.monotonic() + 25
+        while self.most_at_once < self.gather and time.monotonic() < deadline:
+            time.sleep(0.002)
+
+    def settle(self, others: set[socket.socket]) -> None:
         """Wait until every connection but `others` is at its end: a killed client's last requests still arrive.
 
         One request of our own comes first: whatever a dead client had in the queue before it is accepted by then.
@@ -78,12 +96,13 @@ class FaultyProxy:
         probe.request("GET", "/")
         probe.getresponse().read()
         probe.close()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while self.connections - others:
             assert time.monotonic() < deadline, f"still open: {self.connections - others}"
             time.sleep(0.005)
 
     def stop(self) -> None:
+        self.heal()
         self.server.shutdown()
         self.server.server_close()
         self.thread.join()
@@ -95,14 +114,14 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def process_request(self, request: socket.socket, client_address: tuple[str, int]) -> None:
-        self.proxy.connections.add(client_address)
+        self.proxy.connections.add(request)
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: socket.socket, client_address: tuple[str, int]) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.proxy.connections.discard(client_address)
+            self.proxy.connections.discard(request)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that went away is none of ours."""
@@ -115,16 +134,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        fault = self.proxy.fault_of(self.command, self.path)
+        broken = self.proxy.fault_of(self.command, self.path)
+        fault = None if broken is None else broken.kind
         if isinstance(fault, int):
             self._answer(fault, {}, b"<Error><Code>Injected</Code></Error>")
-        elif fault == "refuse":
+        elif broken is not None and fault in ("refuse", "hang"):
+            if fault == "hang":
+                broken.over.wait()
             self._reset()
         else:
             with self.proxy.lock:
                 self.proxy.at_once += 1
                 self.proxy.most_at_once = max(self.proxy.most_at_once, self.proxy.at_once)
             try:
+                self.proxy.wait_for_others()
                 time.sleep(SLOW_SECONDS if fault == "slow" else self.proxy.delay_seconds)
                 status, headers, body = self._ask(sent)
             finally:

@@ -16,8 +16,7 @@ class GcsServer:
 
     def __init__(self) -> None:
         state = {"objects": {}, "parts": {}, "lock": threading.Lock(), "numbers": itertools.count()}
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), state))
-        self.server.daemon_threads = True
+        self.server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), state))
         self.address = self.server.server_address[:2]
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02})
         self.thread.start()
@@ -32,6 +31,11 @@ def credentials(file: Path, url: str) -> Path:
     account = {"gcs_base_url": url, "disable_oauth": True, "client_email": "", "private_key": "", "private_key_id": ""}
     file.write_text(json.dumps(account))
     return file
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -4,6 +4,7 @@ distill check --baseline last.json --report now.json --max-drop 1.0
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,10 +36,13 @@ def check_parser() -> Parser:
 def run(arguments: Sequence[str]) -> int:
     """Print a line for every metric; returns 1 where one fell too far. Raises EvaluationError."""
     namespace, _ = parse(check_parser(), arguments)
-    from distill.evaluation.comparison import as_text, compared
+    from distill.evaluation.comparison import as_text, compared, unlike
     from distill.evaluation.report import read_report
 
-    changes = compared(read_report(namespace.baseline), read_report(namespace.report), namespace.max_drop)
+    baseline, report = read_report(namespace.baseline), read_report(namespace.report)
+    changes = compared(baseline, report, namespace.max_drop)
+    if (why := unlike(baseline, report)) is not None:
+        print(f"warning: {why}", file=sys.stderr)
     print(as_text(changes, namespace.max_drop))
     return int(any(change.failed for change in changes))
 

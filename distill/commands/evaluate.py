@@ -59,7 +59,12 @@ def evaluate_parser() -> Parser:
     add("--max_documents", type=count, metavar="N", help="take the first N held-out documents")
     add("--exclude_documents", type=Path, metavar="FILE", help="leave these held-out documents out (a doc_id a line)")
     add("--max_examples", type=count, metavar="N", help="take the first N examples of the task")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), metavar="D", help="of the weights")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        metavar="D",
+        help="of the weights in memory (default: bfloat16 on a GPU, float32 elsewhere)",
+    )
     add_template(parser, "the models'")
     return parser
 

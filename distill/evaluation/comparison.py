@@ -7,7 +7,7 @@ from typing import Any
 from distill.evaluation.report import PERCENT, Report, paired_error
 from storage_specs.errors import EvaluationError
 
-__all__ = ["Change", "as_text", "compared"]
+__all__ = ["Change", "as_text", "compared", "unlike"]
 
 CERTAIN = 2.0  # standard errors
 
@@ -41,7 +41,7 @@ def compared(baseline: Report, report: Report, max_drop: float) -> list[Change]:
 
     Raises EvaluationError: another cache, task or setting, other models or metrics.
     """
-    _check_same("subjects", baseline.subjects, report.subjects)
+    _check_same("measured", *({"subjects": sorted(one.subjects)} for one in (baseline, report)))
     for subject in baseline.subjects:
         _check_same(subject, baseline.subjects[subject], report.subjects[subject])
     _check_names("models", baseline.models, report.models)
@@ -74,6 +74,14 @@ def compared(baseline: Report, report: Report, max_drop: float) -> list[Change]:
     return changes
 
 
+def unlike(baseline: Report, report: Report) -> str | None:
+    """What makes a small change say less than it seems to; None where nothing is known to."""
+    if baseline.dtype == report.dtype:
+        return None
+    before, now = (one.dtype or "a dtype that it does not tell" for one in (baseline, report))
+    return f"weights were in {before}, now in {now}: small changes may come from rounding alone; give --dtype"
+
+
 def as_text(changes: Sequence[Change], max_drop: float) -> str:
     """For a terminal and a log."""
     rows = [["model", "metric", "before", "after", "drop", "verdict"]]
@@ -91,7 +99,7 @@ def _check_same(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) ->
     different = [
         f"{name} {before.get(name)!r:.80}, now {now.get(name)!r:.80}"
         for name in dict.fromkeys([*before, *now])
-        if before.get(name) != now.get(name) and not (isinstance(before.get(name), dict) and name in now)
+        if before.get(name) != now.get(name)
     ]
     if different:
         raise EvaluationError(f"the baseline is of something else: {what}: {'; '.join(different)}: evaluate both alike")

@@ -39,7 +39,7 @@ class Evaluation:
     teacher: a live one beside the models, whose bits per byte are the cache's, of which it must be the teacher.
     sheet: what each costs on this machine, too. max_documents: held-out documents, max_examples: of the task, the
     first so many; excluded: held-out documents that are left out; metrics: names, () = what suits the task; dtype: of
-    the weights; how: lengths, batches and templates of both.
+    the weights in memory, None = bfloat16 on a GPU that has it, else float32; how: lengths, batches and templates.
     """
 
     models: Mapping[str, str]
@@ -52,7 +52,7 @@ class Evaluation:
     max_documents: int | None = None
     excluded: Exclusions | None = None
     max_examples: int | None = None
-    dtype: str = "float32"
+    dtype: str | None = None
     how: Answering = field(default_factory=Answering)
 
     def __post_init__(self) -> None:
@@ -87,13 +87,14 @@ def evaluate(evaluation: Evaluation, output_file: Path | None = None) -> Report:
     partial = None if output_file is None else output_file.with_name(f"{output_file.name}.partial")
     if evaluation.teacher is not None and evaluation.cache is not None:
         _check_teacher(evaluation.teacher, evaluation.cache)
-    inference = settings_of(task, held_out, evaluation.dtype) if evaluation.sheet else None
+    dtype = evaluation.dtype or usual_dtype()
+    inference = settings_of(task, held_out, dtype) if evaluation.sheet else None
     paths = {**evaluation.models, **({} if evaluation.teacher is None else {TEACHER: evaluation.teacher})}
     models: dict[str, ModelReport] = {}
     scores: dict[str, list[Scores]] = {}
     lm_eval: dict[str, dict[str, Any]] = {}
     for name, path in paths.items():
-        student = _Student(path, evaluation.dtype)
+        student = _Student(path, dtype)
         metrics: dict[str, Metric] = {}
         notes: tuple[str, ...] = ()
         if evaluation.cache is not None and name != TEACHER:
@@ -114,13 +115,18 @@ def evaluate(evaluation: Evaluation, output_file: Path | None = None) -> Report:
         for name, path in paths.items():
             sheet = sheet_of(measure_apart(path, inference), inference, about)
             models[name] = replace(models[name], sheet=sheet)
-    report = Report(subjects=_subjects(evaluation, task, lm_eval), models=models)
+    report = Report(subjects=_subjects(evaluation, task, lm_eval), models=models, dtype=dtype)
     if evaluation.cache is not None:
         report = _with_bits_per_byte(report, held_out_is, held_out, scores)
     if output_file is not None and partial is not None:
         write_report(output_file, report)
         _keep_answers(partial, output_file.with_name(f"{output_file.name}.predictions"))
     return report
+
+
+def usual_dtype() -> str:
+    """In which models are run where nothing else is asked for: as they are deployed on a GPU, exact elsewhere."""
+    return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
 
 
 def _check_teacher(path: str, cache: Cache) -> None:
@@ -237,7 +243,7 @@ def _with_bits_per_byte(
         name: replace(model, metrics={BITS_PER_BYTE: found[name], **model.metrics})
         for name, model in {**report.models, TEACHER: report.models.get(TEACHER, silent)}.items()
     }
-    return Report(subjects={"cache": {**held_out_is, **counts}, **report.subjects}, models=models)
+    return replace(report, subjects={"cache": {**held_out_is, **counts}, **report.subjects}, models=models)
 
 
 def _keep_answers(partial: Path, final: Path) -> None:

@@ -6,6 +6,7 @@ lm-eval is imported here alone, and only when a task is named: `pip install "tea
 import contextlib
 import io
 import logging
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -16,10 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.evaluation.report import PERCENT, Metric
 from storage_specs.command_line import nearest
-from storage_specs.errors import ConfigError
+from storage_specs.errors import ConfigError, EvaluationError
 
 __all__ = ["LmEvalTasks", "lm_eval_metrics", "tasks_text"]
 
+RESAMPLED = 1000  # times, for the standard errors of F1 and the like; lm-eval's 100,000 take minutes for a metric
 SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")  # of right answers, 0 to 1 in lm-eval
 
 
@@ -92,6 +94,7 @@ class LmEvalTasks:
                     task_manager=self._manager,
                     num_fewshot=self.num_fewshot,
                     limit=self.limit,
+                    bootstrap_iters=RESAMPLED,
                 )
             except Exception as error:  # data sets, templates and metrics have errors of their own
                 raise ConfigError(
@@ -121,17 +124,26 @@ def _metrics(values: dict[str, Any], better: dict[str, bool]) -> dict[str, dict[
         stderr = values.get(f"{metric}_stderr,{chosen}")
         found[metric if chosen == "none" else key] = {
             "value": value,
-            "stderr": stderr if isinstance(stderr, int | float) else None,
+            "stderr": stderr if _is_finite(stderr) else None,
             "higher_is_better": better.get(metric),
         }
     return found
 
 
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def lm_eval_metrics(figures: dict[str, dict[str, Any]]) -> dict[str, Metric]:
-    """{`task/metric`: as a report holds it}: shares of right answers in percent, all else as lm-eval gives it."""
+    """{`task/metric`: as a report holds it}: shares of right answers in percent, all else as lm-eval gives it.
+
+    Raises EvaluationError where a figure is no finite number.
+    """
     found = {}
     for task, facts in figures.items():
         for name, metric in facts["metrics"].items():
+            if not _is_finite(metric["value"]):
+                raise EvaluationError(f"{task}/{name} is {metric['value']!r}: a model whose weights are NaN says so")
             percent = name.partition(",")[0] in SHARES
             scale, stderr = 100 if percent else 1, metric["stderr"]
             found[f"{task}/{name}"] = Metric(
@@ -153,12 +165,13 @@ def tasks_text(figures: Mapping[str, Mapping[str, Any]]) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval's remarks are not shown, and its bars only at a terminal."""
+    """lm-eval's remarks are not shown, those that it prints included, and its bars only at a terminal."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+        bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+        with bars, contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logger.setLevel(level)

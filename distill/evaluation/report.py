@@ -1,6 +1,6 @@
 """What `distill evaluate` found, as a value and as JSON: per model its metrics, each with what it was averaged over.
 
-    {"format": "distill-evaluation", "version": 1,
+    {"format": "distill-evaluation", "version": 1, "dtype": "float32",
      "subjects": {"cache": {"cache_id", "documents", "bytes", ...}, "task": {"name", "digest", "examples", ...}},
      "models": {name: {"model", "digest", "parameters", "metrics": {metric: {"value", "standard_error", "unit",
                        "higher_is_better", "scores", "weights"}}, "sheet": {...} or null, "notes": [...]}}}
@@ -97,10 +97,14 @@ class ModelReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All models over the same subjects: {"cache" | "task" | "lm_eval": what it was, and the settings}."""
+    """All models over the same subjects: {"cache" | "task" | "lm_eval": what it was, and the settings}.
+
+    dtype: of all models' weights in memory; None where an earlier version did not tell.
+    """
 
     subjects: Mapping[str, Mapping[str, Any]]
     models: Mapping[str, ModelReport] = field(default_factory=dict)
+    dtype: str | None = None
 
     def metric_names(self) -> list[str]:
         """Of all models, in order of appearance."""
@@ -128,7 +132,8 @@ def read_report(path: Path) -> Report:
         )
     try:
         models = {name: _model_from(model) for name, model in values["models"].items()}
-        return Report(subjects={name: dict(facts) for name, facts in values["subjects"].items()}, models=models)
+        subjects = {name: dict(facts) for name, facts in values["subjects"].items()}
+        return Report(subjects=subjects, models=models, dtype=values.get("dtype"))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise EvaluationError(f"{path} is a damaged report ({error!r}): evaluate again") from None
 

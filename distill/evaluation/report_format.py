@@ -29,11 +29,12 @@ def cells(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def heads(report: Report) -> list[str]:
-    """A line for every subject, what was measured, and for every note."""
+    """A line for every subject, what was measured, for what all models have in common, and for every note."""
     return [
         f"{subject}: " + ", ".join(f"{name} {_cell(value)}" for name, value in facts.items() if value is not None)
         for subject, facts in report.subjects.items()
     ] + [
+        *([] if report.dtype is None else [f"models: weights in {report.dtype}"]),
         *(f"{name}: {note}" for name, model in report.models.items() for note in model.notes),
         *next((sheet_heads(model.sheet) for model in report.models.values() if model.sheet is not None), []),
     ]

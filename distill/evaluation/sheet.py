@@ -16,6 +16,11 @@ from storage_specs.errors import ConfigError
 __all__ = ["settings_of", "sheet_cells", "sheet_heads", "sheet_of"]
 
 TEXTS, TEXT_BYTES = 8, 512
+ON_CPU = (
+    "beyond what the process held before the model was loaded; mapped weight files and what libraries load with a "
+    "model included"
+)
+ON_GPU = "of the GPU, as torch allocated it; what CUDA itself takes, some hundred MB, is not in it"
 
 
 def settings_of(task: Task | None, held_out: Sequence[Document], dtype: str) -> InferenceSettings:
@@ -84,6 +89,5 @@ def sheet_heads(sheet: Mapping[str, Any]) -> list[str]:
         "cache; each model alone in a process",
         f"times of one text, tokens/s of all {sheet['texts']} in one batch; medians of {sheet['repeats']} repeats "
         "after warm-up, quartiles in brackets; tokens of two tokenizers are different amounts of text: compare bytes",
-        "peak memory: beyond what the process held before the model was loaded; mapped weight files and what libraries "
-        "load with a model included",
+        "peak memory: " + (ON_GPU if machine["gpu"] else ON_CPU),
     ]

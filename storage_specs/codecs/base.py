@@ -44,10 +44,11 @@ class ArraySpec:
     neighbours along the rows look alike; such an array decodes fastest in column-major (Fortran) order. shuffle: by
     blosc's names. block_columns: how many columns of a chunk one compressed block holds.
 
-    In Parquet the same layout is one fixed_size_binary[width * itemsize] per row under BYTE_STREAM_SPLIT, which puts
-    all rows' first bytes side by side, then all second ones, with zstd level 15 and pages of 128 KiB. Measured, compact
-    k = 64: 22.8 bytes a row, read by pyarrow in 140 ns; lists of numbers, rank-major per document, under
-    DELTA_BINARY_PACKED: 35 bytes and 540 ns; lists under BYTE_STREAM_SPLIT 24.8 and 500 ns.
+    In Parquet the rank-major layout is one fixed_size_binary[width * itemsize] per row under BYTE_STREAM_SPLIT, which
+    puts all rows' first bytes side by side, then all second ones, with zstd level 15 and pages of 128 KiB. Measured,
+    compact k = 64: 22.8 bytes a row, read by pyarrow in 140 ns; lists of numbers, rank-major per document, under
+    DELTA_BINARY_PACKED: 35 bytes and 540 ns; lists under BYTE_STREAM_SPLIT 24.8 and 500 ns. Ids of 16 ranks: 77 ns
+    instead of 220 ns as lists of numbers, in the same bytes.
     """
 
     name: str

@@ -6,25 +6,64 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
-SITECUSTOMIZE = """
+SLOW = """
 import os, time
+from glob import glob
 sync = os.fsync
-os.fsync = lambda descriptor: (time.sleep({seconds}), sync(descriptor))[1]
+def slow(descriptor):
+    time.sleep({seconds})
+    while len(glob({records!r})) >= {most} and not os.path.exists({gate!r}):
+        time.sleep(0.005)
+    return sync(descriptor)
+os.fsync = slow
+"""
+LATE = """
+import os, signal, sys, time
+change = signal.pthread_sigmask
+def late(how, mask):
+    while how == signal.SIG_UNBLOCK and not os.path.exists({gate!r}):
+        time.sleep(0.005)
+    return change(how, mask)
+if "spawn_main" in " ".join(sys.orig_argv):
+    signal.pthread_sigmask = late
 """
 
 
-def slow_disk(folder: Path, seconds: float) -> dict[str, str]:
-    """Environment of Python processes, and of those that they start, for which every sync takes that much longer.
+@dataclass(frozen=True)
+class Gate:
+    """Holds up Python processes with this environment, and those that they start, until it is opened.
 
-    A shard takes many: whoever waits for the n-th one finds the build still at work, however late it is told.
+    So whoever waits for something finds it so, however late it is told.
     """
+
+    folder: Path
+    environment: Mapping[str, str]
+
+    def open(self) -> None:
+        (self.folder / "open").touch()
+
+
+def slow_disk(folder: Path, seconds: float, output: Path, most: int) -> Gate:
+    """Every sync takes that much longer, and where the cache at `output` has `most` commit records none ends."""
+    return _gate(folder, SLOW, seconds=seconds, records=str(output / "shards" / "*.json"), most=most)
+
+
+def late_replicas(folder: Path) -> Gate:
+    """Processes that multiprocessing spawns stand still before they let interrupts through."""
+    return _gate(folder, LATE)
+
+
+def _gate(folder: Path, code: str, **values: Any) -> Gate:
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE.format(seconds=seconds))
-    return {"PYTHONPATH": os.pathsep.join(map(str, (folder, ROOT)))}
+    (folder / "sitecustomize.py").write_text(code.format(gate=str(folder / "open"), **values))
+    return Gate(folder, {"PYTHONPATH": os.pathsep.join(map(str, (folder, ROOT)))})
 
 
 def start_build(
@@ -58,8 +97,11 @@ def records(folder: Path) -> list[str]:
 
 def children(process: int) -> dict[int, str]:
     """{process id: command line} of a process's children (Linux)."""
-    listed = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return {int(child): Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode() for child in listed}
+    found = {}
+    for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():
+        with suppress(OSError):  # it has ended meanwhile
+            found[int(child)] = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return found
 
 
 def wait_until(

@@ -31,6 +31,8 @@ class Endpoint:
 class _Server(ThreadingHTTPServer):
     """Says nothing of clients that are gone before they have their answer: they may do so."""
 
+    request_queue_size = 128  # many ask at once, and one that finds the queue full tries again after a second
+
     def handle_error(self, request: object, client_address: object) -> None:
         pass
 

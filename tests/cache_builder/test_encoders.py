@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +40,7 @@ if __name__ == "__main__":
     encoders = ShardEncoders(SETTINGS, 1)
     encoders(0, DOCUMENTS, SETTINGS, IDS)
     print(*encoders.pool._processes, flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -69,10 +68,9 @@ def test_encoders_do_not_outlive_a_build_that_is_killed(tmp_path: Path) -> None:
         text=True,
     )
     encoder = int(parent.stdout.readline())
-    parent.kill()
-    parent.wait()
-    deadline = time.monotonic() + 30
-    while Path(f"/proc/{encoder}").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not Path(f"/proc/{encoder}").exists()
-    parent.communicate()
+    try:
+        parent.kill()
+        parent.communicate(timeout=120)  # the encoder has its output open, too: this ends with both
+    except subprocess.TimeoutExpired:
+        os.kill(encoder, signal.SIGKILL)
+        raise

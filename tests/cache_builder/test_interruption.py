@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from building import digests, records, slow_disk, start_build, wait_until
+from building import Gate, digests, records, slow_disk, start_build, wait_until
 from tiny_teacher import write_corpus
 
 from cache_builder.main import main
@@ -36,14 +36,15 @@ def uninterrupted(flags: list[str], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def interrupt(
-    flags: list[str], output: Path, slow: dict[str, str], signal_number: int, shards: int, delay: float
+    flags: list[str], output: Path, slow: Gate, signal_number: int, shards: int, delay: float
 ) -> tuple[int, str]:
     """Start the build; `delay` seconds after it has finished `shards` shards, send it the signal."""
-    process = start_build(flags, output, slow)
+    process = start_build(flags, output, slow.environment)
     try:
         wait_until(lambda: len(records(output)) >= shards, process)
         time.sleep(delay)
         process.send_signal(signal_number)
+        slow.open()  # an interrupted build writes what it has scored
         _, err = process.communicate(timeout=200)
     finally:
         process.kill()
@@ -60,10 +61,11 @@ def test_the_same_command_resumes_to_the_same_bytes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Interruptions at random moments, then the command once more; and again, which changes nothing."""
-    chance, output, slow = random.Random(signal_number), tmp_path / "cache", slow_disk(tmp_path / "slow", 0.005)
+    chance, output = random.Random(signal_number), tmp_path / "cache"
     kept: dict[str, tuple[int, int]] = {}
-    for _ in range(times):
+    for number in range(times):
         shards = len(kept) + chance.randrange(1, SHARDS // 3)
+        slow = slow_disk(tmp_path / f"slow-{number}", 0.005, output, most=shards + 2)
         code, err = interrupt(flags, output, slow, signal_number, shards, chance.uniform(0, 0.05))
         if signal_number == signal.SIGINT:
             assert code == 130, err

@@ -3,14 +3,15 @@
 import threading
 import types
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
 from cache_builder.engines.base import EngineConfig, WindowScores
-from cache_builder.pipeline import SHARDS_WAITING, WRITERS, BackgroundWriter, score_shards
-from cache_builder.progress import Progress, Work
+from cache_builder.pipeline import SHARDS_WAITING, WRITERS, BackgroundWriter, finished_shards, windows_of_shard
+from cache_builder.progress import Progress
 from storage_specs.document import text_document
 from storage_specs.errors import StorageFullError
 from storage_specs.windows import Window
@@ -54,29 +55,34 @@ def windows_of(document: Any) -> list[Any]:
     ]
 
 
+def scored(jobs: list[Any], engine: Echo, progress: Progress) -> Iterator[Any]:
+    cutter = types.SimpleNamespace(windows=windows_of)
+    opening = partial(windows_of_shard, cutter=cutter, k=K, k_ids=1, bins=None)
+    return finished_shards(jobs, opening, engine.score, progress)
+
+
 @pytest.mark.parametrize("ahead", [0, 1, 3, 100])
 def test_rows_come_back_to_their_documents(ahead: int) -> None:
     texts = [["", "12", ""], ["3"], ["", ""], ["", "456", "7", ""]]
     jobs = [(10 + number, [text_document(text) for text in shard]) for number, shard in enumerate(texts)]
-    work, engine = Work(), Echo(ahead)
-    cutter = types.SimpleNamespace(windows=windows_of)
     with Progress(1, 0, len(jobs)) as progress:
-        found = list(score_shards(jobs, engine, cutter, 1, work, progress))
+        found = list(scored(jobs, Echo(ahead), progress))
         assert list(progress.scored) == [4, 2, 0, 8]
-    assert [shard for shard, _ in found] == [10, 11, 12, 13]
+    assert [opened.shard for opened, _ in found] == [10, 11, 12, 13]
     for (_, documents), shard in zip(found, texts, strict=True):
         assert [document.text for document in documents] == shard
         assert [(-document.gold_logprob).tolist() for document in documents] == [
             list(map(float, text)) for text in shard
         ]
-    assert (work.tokens, work.windows_cut) == (14, 3)
+    assert sum(opened.work.tokens for opened, _ in found) == 14
+    assert sum(opened.work.windows_cut for opened, _ in found) == 3
 
 
 def test_the_next_shards_windows_are_queued_before_a_shard_is_complete() -> None:
     jobs = [(number, [text_document("1")]) for number in range(4)]
-    engine, cutter = Echo(2), types.SimpleNamespace(windows=windows_of)
+    engine = Echo(2)
     with Progress(1, 0, 4) as progress:
-        next(score_shards(jobs, engine, cutter, 1, Work(), progress))
+        next(scored(jobs, engine, progress))
     assert engine.read == 3
 
 

@@ -24,12 +24,16 @@ def test_an_actor_that_is_killed_loses_only_what_it_had_open(
     values = {"teacher": teacher, "corpus": tmp_path / "corpus.jsonl", "engine": "transformers"}
     flags = [f"--{name}={value}" for name, value in {**values, "documents_per_shard": 2, "max_model_len": 64}.items()]
     assert main(["build", *flags, "--output", str(tmp_path / "alone")]) == 0
-    output, slow = tmp_path / "cache", slow_disk(tmp_path / "slow", 0.01)
-    process = start_build([*flags, "--launcher=ray", "--data-parallel-size=2"], output, slow)
-    wait_until(lambda: len(records(output)) >= 2, process)
-    actors = [actor for actor in actors_now() if below(actor, process.pid)]
-    assert len(actors) == 2, process.communicate(timeout=60)
-    os.kill(actors[0], signal.SIGKILL)
+    output = tmp_path / "cache"
+    slow = slow_disk(tmp_path / "slow", 0.01, output, most=4)
+    process = start_build([*flags, "--launcher=ray", "--data-parallel-size=2"], output, slow.environment)
+
+    def actors() -> list[int]:
+        return [actor for actor in actors_now() if below(actor, process.pid)]
+
+    wait_until(lambda: len(records(output)) >= 2 and len(actors()) == 2, process)
+    os.kill(actors()[0], signal.SIGKILL)
+    slow.open()
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert err.count("is lost, others go on: Ray lost an actor") == 1

@@ -17,6 +17,7 @@ from storage_specs import open_cache
 from storage_specs.command_line import run
 
 SHARDS = 12
+RECORD = r"shards/\d+\.json"
 ROOT = Path(__file__).parents[2]
 
 
@@ -29,19 +30,24 @@ def flags(tmp_path_factory: pytest.TempPathFactory, teacher: Path, wiki_texts: l
 
 
 def kill(flags: list[str], place: str, s3: S3, records: int, delay: float) -> None:
-    """SIGKILL a build `delay` seconds after it has written that many commit records."""
+    """SIGKILL a build `delay` seconds after it has written that many commit records.
+
+    It never writes more than two beyond them, so that it is still at work, however late we look.
+    """
     others = set(s3.proxy.connections)
-    s3.proxy.delay_seconds = 0.05  # so that it is still at work, however late we look
+    s3.proxy.fail("hang", method="PUT", path=RECORD, times=SHARDS, skip=records + 2)
+    s3.proxy.delay_seconds = 0.05
     command = [sys.executable, "-m", "cache_builder", *flags, "--output", place]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
-    while s3.proxy.count("PUT", r"shards/\d+\.json") < records and time.monotonic() < deadline:
+    while s3.proxy.count("PUT", RECORD) < records and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.002)
     time.sleep(delay)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     s3.proxy.delay_seconds = 0.0
+    s3.proxy.heal()
     s3.proxy.settle(others)
 
 

@@ -1,22 +1,27 @@
 """Several processes build one cache: replicas, shard ranges, workers that die, and errors of children."""
 
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from building import ROOT, children, digests, records, slow_disk, start_build, wait_until
+from building import ROOT, children, digests, late_replicas, records, slow_disk, start_build, wait_until
 from safetensors.torch import load_file, save_file
 from tiny_teacher import write_corpus
 
 from cache_builder.build_config import BuildConfig
 from cache_builder.builder import build
 from cache_builder.main import main
-from cache_builder.replicas import _devices
+from cache_builder.pipeline import Job
+from cache_builder.progress import Progress, Work
+from cache_builder.replicas import _devices, _replica
 from storage_specs.errors import ConfigError, EngineError
 from storage_specs.verification import verify_cache
 
@@ -70,13 +75,17 @@ def test_a_replica_that_is_killed_loses_only_what_it_had_open(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output = tmp_path / "cache"
-    for name, value in slow_disk(tmp_path / "slow", SYNC_SECONDS).items():
+    slow = slow_disk(tmp_path / "slow", SYNC_SECONDS, output, most=5)
+    for name, value in slow.environment.items():
         monkeypatch.setenv(name, value)
 
     def kill_one() -> int:
         wait_until(lambda: len(records(output)) >= 3)
-        first, _ = replicas_of(os.getpid())
-        os.kill(first, signal.SIGKILL)
+        try:
+            first, _ = replicas_of(os.getpid())
+            os.kill(first, signal.SIGKILL)
+        finally:
+            slow.open()
         return first
 
     with ThreadPoolExecutor(1) as threads:
@@ -91,12 +100,14 @@ def test_ctrl_c_ends_replicas_too_and_two_of_them_resume_to_the_same_bytes(
     flags: list[str], alone: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     output, two = tmp_path / "cache", [*flags, "--data-parallel-size", "2"]
-    process = start_build(two, output, slow_disk(tmp_path / "slow", SYNC_SECONDS))
+    slow = slow_disk(tmp_path / "slow", SYNC_SECONDS, output, most=3)
+    process = start_build(two, output, slow.environment)
     wait_until(lambda: len(records(output)) >= 2, process)
     inside = replicas_of(process.pid)
     for one in (process.pid, *inside):  # a terminal sends it to all of them
         os.kill(one, signal.SIGINT)
-    _, err = process.communicate(timeout=100)
+    slow.open()
+    _, err = process.communicate(timeout=200)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert len(inside) == 2
@@ -115,15 +126,69 @@ def test_ctrl_c_ends_replicas_too_and_two_of_them_resume_to_the_same_bytes(
 
 def test_ctrl_c_before_replicas_have_started(flags: list[str], tmp_path: Path) -> None:
     """They still import what they need, and must not answer with a traceback each."""
-    process = start_build([*flags, "--data-parallel-size", "2"], tmp_path / "cache")
+    late = late_replicas(tmp_path / "late")
+    process = start_build([*flags, "--data-parallel-size", "2"], tmp_path / "cache", late.environment)
     wait_until(lambda: len(replicas_of(process.pid)) == 2, process)
     inside = replicas_of(process.pid)
     for one in (process.pid, *inside):
         os.kill(one, signal.SIGINT)
-    _, err = process.communicate(timeout=100)
+    late.open()
+    _, err = process.communicate(timeout=200)
     assert process.returncode == 130, err
     assert err.splitlines() == ["interrupted: what was finished is kept; run the same command again to resume"]
     assert not any(Path(f"/proc/{child}").exists() for child in inside)
+
+
+@pytest.fixture
+def interrupt_handler() -> Iterator[None]:
+    """For what sets its own: put back afterwards."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("interrupt_handler")
+def test_a_replica_is_interrupted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Again while it leaves, as by its parent, who has lost patience, or at its end: no traceback of that."""
+    reached: list[str] = []
+
+    def interrupted(place: str) -> None:
+        reached.append(place)
+        signal.raise_signal(signal.SIGINT)
+        reached.append(f"{place} goes on")
+
+    worker = SimpleNamespace(run=lambda *_: interrupted("run"), close=lambda: interrupted("close"))
+    monkeypatch.setattr("cache_builder.replicas.ShardWorker", lambda recipe: worker)
+    ours, theirs = multiprocessing.Pipe()
+    with ours, theirs:
+        ours.send((0, []))
+        _replica(theirs, None)
+        interrupted("end")
+    assert reached == ["run", "close", "close goes on", "end", "end goes on"]
+
+
+@pytest.mark.usefixtures("interrupt_handler")
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_replica_whose_parent_left_its_news_unread_ends_quietly(monkeypatch: pytest.MonkeyPatch, asks: bool) -> None:
+    """The system then calls the pipe reset where it is read, and broken where it is written to."""
+    ours, theirs = multiprocessing.Pipe()
+    errors: list[type[OSError]] = []
+
+    def run(jobs: Iterator[Job], done: Callable[[int, Work], None], progress: Progress) -> None:
+        assert next(jobs) == (0, [])
+        ours.close()
+        try:
+            next(jobs) if asks else done(0, Work())
+        except OSError as error:
+            errors.append(type(error))
+            raise
+
+    worker = SimpleNamespace(run=run, close=lambda: None)
+    monkeypatch.setattr("cache_builder.replicas.ShardWorker", lambda recipe: worker)
+    with theirs:
+        ours.send((0, []))
+        _replica(theirs, None)
+    assert errors == [ConnectionResetError if asks else BrokenPipeError]
 
 
 def test_an_error_in_every_replica_is_one_typed_error(

@@ -4,6 +4,7 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,7 @@ def test_bad_moments_are_outlived(config: dict[str, Any]) -> None:
         Answer(status=429, headers={"Retry-After": "0.3"}),
         Answer(drop=True),
         Answer(body=b"<html>"),
-        Answer(seconds=6),
+        Answer(seconds=600),  # until the end
         Answer(status=503),
     ]
 
@@ -138,8 +139,8 @@ def test_bad_moments_are_outlived(config: dict[str, Any]) -> None:
 
     with endpoint(answer) as server:
         started = time.monotonic()
-        build(BuildConfig(**config, base_url=server.base_url, max_concurrency=1, timeout=3))
-        assert time.monotonic() - started > 3.3  # the time-out, and what Retry-After asked for
+        build(BuildConfig(**config, base_url=server.base_url, max_concurrency=1, timeout=5))
+        assert time.monotonic() - started > 5.3  # the time-out, and what Retry-After asked for
         assert len(server.requests) == 5 + len(faults)
     assert open_cache(config["output"]).manifest.counts["rows"] == 5 * len(WORDS)
 
@@ -255,7 +256,13 @@ def test_no_key_no_header(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_under_way_ends_before_connections_are_closed() -> None:
     """A build that stops does not wait for slow answers; the last of them leaves no socket open behind."""
-    with endpoint(lambda *_: Answer(body={"slow": True}, seconds=0.3)) as server:
+    closed = Event()
+
+    def answer(path: str, body: Any, number: int) -> Answer:
+        assert closed.wait(300)
+        return Answer(body={"slow": True})
+
+    with endpoint(answer) as server:
         client = HttpClient(server.base_url, None, 30)
         with ThreadPoolExecutor(2) as threads:
             slow = [threads.submit(client.post, "x", {}) for _ in range(2)]
@@ -263,6 +270,7 @@ def test_what_is_under_way_ends_before_connections_are_closed() -> None:
                 time.sleep(0.01)
             client.close()
             assert not client._client.is_closed
+            closed.set()
             assert [one.result() for one in slow] == [{"slow": True}] * 2
         assert client._client.is_closed
         idle = HttpClient(server.base_url, None, 30)

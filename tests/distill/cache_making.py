@@ -7,8 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from random_teacher import save_random_llama
 
 from storage_specs import CacheSettings, CacheWriter, Window, make_plan, render, special_roles, token_bytes
 from storage_specs.document import CachedDocument, Message
@@ -221,20 +220,6 @@ class WithSketch(Cache):
 
 def tiny_student(path: Path, tokenizer: Any, seed: int = 0) -> Path:
     """A random two-layer Llama with `tokenizer`, as a Hugging Face folder."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
+    save_random_llama(path, tokenizer, seed, pad_token_id=tokenizer.pad_token_id)
     tokenizer.save_pretrained(path)
     return path

@@ -9,14 +9,15 @@ import torch
 from cache_making import tiny_student
 from transformers import AutoModelForCausalLM
 
-from distill.evaluation.answering import Answering
+from distill.evaluation.answering import Answering, answers
 from distill.evaluation.bits_per_byte import bits_per_byte
-from distill.evaluation.evaluate import Evaluation, evaluate
+from distill.evaluation.evaluate import Evaluation, evaluate, usual_dtype
 from distill.evaluation.report import read_report
 from distill.evaluation.report_format import as_text
+from distill.evaluation.tasks import Example
 from distill.scoring import Scores, score, shared_regions, summed, teacher_scores
 from storage_specs import chat_document, completion_document, is_held_out, open_cache, render, text_document
-from storage_specs.errors import AlignmentError, ConfigError
+from storage_specs.errors import AlignmentError, ConfigError, NonFiniteLossError
 
 
 def brute_force_nats(model, tokenizer, document) -> dict[int, tuple[int, int, float]]:
@@ -56,6 +57,16 @@ def test_scores_are_brute_force(small, student_path, smollm2_tokenizer):
         ):
             assert a.byte_end.tolist() == b.byte_end.tolist()
             assert a.is_end.tolist() == b.is_end.tolist()
+
+
+def test_a_model_that_says_nan_has_no_figures_and_picks_no_answer(small, student_path, smollm2_tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(student_path, dtype=torch.float32).eval()
+    model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(NonFiniteLossError, match="no finite number"):
+        score(model, smollm2_tokenizer, small, max_length=256)
+    question = Example(id="1", prompt="Is it?", references=("yes",), choices=("yes", "no"))
+    with pytest.raises(NonFiniteLossError, match="no finite number"):
+        list(answers(model, smollm2_tokenizer, [question], Answering(max_length=256)))
 
 
 def test_figures_are_brute_force(small, student_path, smollm2_tokenizer, gemma_tokenizer, tmp_path):
@@ -149,7 +160,31 @@ def test_evaluate_a_cache(cache_path, student_path, tmp_path):
     before, teacher = (report.models[name].metrics["bits_per_byte"].value for name in ("before", "teacher"))
     assert before > teacher > 0
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["e.json"]
-    assert as_text(report).count("\n") == 4
+    assert as_text(report).count("\n") == 5
+    assert "models: weights in float32" in as_text(report)
+
+
+def test_weights_are_rounded_where_a_gpu_would_and_the_report_says_so(cache_path, student_path, tmp_path, monkeypatch):
+    def bits(output: str, **more: str) -> float:
+        found = evaluate(
+            Evaluation(
+                models={"s": str(student_path)},
+                cache=open_cache(cache_path),
+                max_documents=2,
+                how=Answering(max_length=128),
+                **more,
+            ),
+            tmp_path / output,
+        )
+        assert found.dtype == more.get("dtype", "float32")
+        return found.models["s"].metrics["bits_per_byte"].value
+
+    exact, rounded = bits("exact.json"), bits("rounded.json", dtype="bfloat16")
+    assert 0 < abs(rounded - exact) < 0.01 * exact
+    assert usual_dtype() == "float32"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert usual_dtype() == "bfloat16"
 
 
 def test_what_cannot_be_evaluated(cache_path, student_path, tmp_path):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from distill.evaluation.lm_eval_tasks import LmEvalTasks
+from distill.evaluation.lm_eval_tasks import LmEvalTasks, _metrics, lm_eval_metrics
 from distill.evaluation.report import read_report
 from distill.main import main
-from storage_specs.errors import ConfigError
+from storage_specs.errors import ConfigError, EvaluationError
 
 CAPITALS = [("France", "Paris", "London"), ("Italy", "Rome", "Berlin"), ("Spain", "Madrid", "Bern")]
 TEXT = "Zürich is not the capital of Switzerland, whatever people think. 😀"
@@ -26,7 +26,7 @@ output_type: multiple_choice
 doc_to_text: "The capital of {{country}} is"
 doc_to_choice: "{{[right, wrong]}}"
 doc_to_target: 0
-metric_list: [{metric: acc}]
+metric_list: [{metric: acc}, {metric: f1}]
 """
 ROLLING = """task: our_text
 output_type: loglikelihood_rolling
@@ -134,6 +134,15 @@ def test_in_a_report_and_taken_up_again(folder, student_path, tmp_path, monkeypa
     assert not metrics["our_text/bits_per_byte"].higher_is_better
     assert main(["check", "--baseline", str(tmp_path / "e.json"), "--report", str(tmp_path / "e.json")]) == 0
     assert [each.name for each in tmp_path.iterdir()] == ["e.json"]
+
+
+def test_figures_that_are_no_numbers():
+    one = {"documents": 2, "num_fewshot": 0, "version": 1}
+    kept = _metrics({"alias": "t", "f1,none": 0.5, "f1_stderr,none": float("nan")}, {"f1": True})
+    assert lm_eval_metrics({"t": one | {"metrics": kept}})["t/f1"].standard_error is None
+    for value in (float("nan"), float("inf"), "N/A"):
+        with pytest.raises(EvaluationError, match="t/word_perplexity is"):
+            lm_eval_metrics({"t": one | {"metrics": _metrics({"word_perplexity,none": value}, {})}})
 
 
 def test_tasks_that_cannot_be_run(folder, model, smollm2_tokenizer, tmp_path, monkeypatch):

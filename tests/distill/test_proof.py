@@ -17,13 +17,14 @@ from cache_making import tiny_student, write_cache
 from proof_cell import Laboratory, measure, train_once
 from proof_documents import View, shuffled_rows
 from proof_grid import ARMS, BLOCKS, KEY, RATES, Block, Cell, best_rate, cells_of
-from proof_rows import append_row, read_rows
+from proof_rows import append_row
 from proof_stages import Stages
 from proof_teacher import NO_LABEL, example_of, padded
+from result_table import read_rows
 from transformers import AutoModelForCausalLM
 
 from storage_specs import completion_document, open_cache, text_document
-from storage_specs.errors import NonFiniteLossError
+from storage_specs.errors import ConfigError, NonFiniteLossError
 
 SCRIPTS = Path(proof.__file__).parent
 ONE_CELL = ["--scale", "tiny", "--tasks", "wikipedia", "--students", "smollm2", "--seeds", "0", "--rates", "1e-4"]
@@ -46,7 +47,10 @@ def work(wiki_texts, gemma_tokenizer, tmp_path_factory) -> Path:
     """A work folder with a cache of random rows in the place of the real one."""
     folder = tmp_path_factory.mktemp("proof")
     documents = [text_document(text[:200]) for text in wiki_texts[:50]]
-    write_cache(folder / "tiny" / "caches" / "wikipedia-given", documents, gemma_tokenizer, k=16, k_ids=16)
+    settings = Stages(work=folder, scale="tiny").cache_settings("wikipedia", "given")
+    path = folder / "tiny" / "caches" / "wikipedia-given"
+    write_cache(path, documents, gemma_tokenizer, k=16, k_ids=16)
+    path.with_name(f"{path.name}.made.json").write_text(json.dumps(settings))
     return folder
 
 
@@ -95,6 +99,23 @@ def test_a_task_has_a_taught_teacher_that_also_writes_answers(student_path, smol
     assert any(not torch.equal(base[name], taught[name].float()) for name in base)
     prompts = [{one.prompt for one in part.examples} for part in proof_tasks.parts("disfl_qa").values()]
     assert not set.intersection(*prompts)
+
+
+def test_a_stage_made_with_other_settings_is_refused(tmp_path, student_path, monkeypatch):
+    stages = Stages(work=tmp_path, scale="tiny", student=str(student_path))
+    path = tmp_path / "tiny" / "students" / "smollm2-10"
+    killed = tmp_path / "tiny" / "students" / ".smollm2-10"  # by one that was to be made otherwise
+    killed.mkdir(parents=True)
+    path.with_name("smollm2-10.made.json").write_text('{"layers"')
+    monkeypatch.setattr("proof_stages.LAYERS", 1)
+    assert AutoModelForCausalLM.from_pretrained(stages.student_path("smollm2-10")).config.num_hidden_layers == 1
+    assert stages.student_path("smollm2-10") == path
+    monkeypatch.setattr("proof_stages.LAYERS", 2)
+    with pytest.raises(ConfigError, match=r"smollm2-10 was made with other settings \(layers\)"):
+        stages.student_path("smollm2-10")
+    path.with_name("smollm2-10.made.json").unlink()
+    with pytest.raises(ConfigError, match=r"other settings \(whole, layers\)"):
+        stages.student_path("smollm2-10")
 
 
 def test_a_teacher_learns_the_answers_of_padded_examples_as_of_each_alone(student_path, smollm2_tokenizer):

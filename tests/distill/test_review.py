@@ -16,7 +16,7 @@ from distill.review.sheet import COLUMNS, FORMULA
 from distill.scoring import score, shared_regions, teacher_scores
 from distill.students import load_model, load_tokenizer
 from storage_specs import completion_document, is_held_out, open_cache, text_document
-from storage_specs.errors import AlignmentError, CacheMismatchError, ConfigError
+from storage_specs.errors import AlignmentError, CacheMismatchError, ConfigError, EvaluationError
 
 NASTY = '=HYPERLINK("http://x")\x00 </script><script>alert(1)</script> <img src=x onerror=alert(2)>\r\nnext, "line" 😀'
 
@@ -152,6 +152,10 @@ def test_an_interrupted_review_goes_on(sheet, cache_path, student_path, tmp_path
     progress = tmp_path / ".again.csv.progress"
     assert not path.exists()
     progress.write_bytes(progress.read_bytes() + b"[8, [1, 2")  # and was killed while it wrote
+    kept = progress.read_bytes()
+    with pytest.raises(EvaluationError, match=r"of other, unfinished work .*split 'all', now 'train'"):
+        main([word if word != "all" else "train" for word in flags])
+    assert kept.startswith(progress.read_bytes())  # but for the line that was cut off
     rest = []
 
     def counted(model, tokenizer, documents, **options):

@@ -39,6 +39,20 @@ def test_ranks_and_micro_batches_only_slice_a_global_batch(ranks, micro_batches,
         assert [index for part in parts for index in part] == [index for index in batch if index != EMPTY]
 
 
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_the_steps_of_a_run_are_its_epochs(drop_last):
+    options = {"documents": 2, "micro_batches": 3, "ranks": 2, "rank": 1, "seed": 5, "drop_last": drop_last}
+    batches = EpochBatches(SHARDS, **options)
+    whole = []
+    for epoch in range(3):
+        batches.set_epoch(epoch)
+        whole += [(batch, batch.open_shards, batch.epoch) for batch in batches]
+    steps = batches.steps
+    for first, stop in [(0, 0), (0, 1), (0, 3 * steps), (2, steps), (2, steps + 1), (steps + 3, 3 * steps)]:
+        found = [(batch, batch.open_shards, batch.epoch) for batch in batches.of_steps(first, stop)]
+        assert found == whole[3 * first : 3 * stop]
+
+
 def test_the_last_batch_is_spread_over_the_ranks():
     """5 documents left over for 4 ranks: nobody has more than two, and nobody idles."""
     (last,) = [batch for batch in globals_of([21], documents=16) if EMPTY in batch]

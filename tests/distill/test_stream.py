@@ -20,7 +20,8 @@ from distill import CachedDocuments, EpochBatches
 from distill.checkpoint import RECORD, last_whole_checkpoint
 from distill.main import main
 from distill.prefetch import Prefetched
-from distill.quarantine import NAME
+from distill.quarantine import NAME, Quarantine
+from distill.stream import Stream
 from storage_specs import open_cache, text_document
 from storage_specs.errors import CorruptCacheError
 from storage_specs.shard_reading import ShardReader
@@ -102,40 +103,153 @@ def test_prefetching_is_bounded_ordered_and_ends():
             made.append(number)
             yield number
 
-    ahead = Prefetched(source(), ahead=3)
+    ahead = Prefetched(source(), lambda item: item, ahead=3)
     time.sleep(0.3)
     assert len(made) <= 4  # three ready, one waiting for room
     assert list(ahead) == list(range(20))
     with pytest.raises(StopIteration):
         next(ahead)
+    for thread in ahead._threads:  # by themselves
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in ahead._threads)
     ahead.close()
-    endless = Prefetched(iter(int, 1), ahead=2)
+    endless = Prefetched(iter(int, 1), lambda item: item, ahead=2)
     assert next(endless) == 0
     endless.close()
-    assert not endless._thread.is_alive()
+    assert not any(thread.is_alive() for thread in endless._threads)
 
 
-def test_prefetching_raises_in_turn_and_tells_how_long_it_was_waited_for():
-    waiting, behind_first = threading.Event(), threading.Event()
+def test_prefetching_raises_in_turn_and_tells_how_long_it_was_waited_for(monkeypatch):
+    """By a clock that moves only while the asker, who has looked at it, waits for what comes second."""
+    clock, go, asked = SimpleNamespace(now=0.0), threading.Event(), threading.Event()
+
+    def look():
+        now = clock.now
+        asked.set()
+        return now
 
     def source():
         yield 1
-        waiting.clear()
-        behind_first.set()
-        waiting.wait()
-        time.sleep(0.2)
+        go.wait()
+        asked.wait()
+        clock.now += 0.25
         raise CorruptCacheError("broken")
 
-    began = time.perf_counter()
-    ahead = Prefetched(source())
-    get = ahead._ready.get
-    ahead._ready.get = lambda: (waiting.set(), get())[1]
+    clock.perf_counter = look
+    monkeypatch.setattr("distill.prefetch.time", clock)
+    ahead = Prefetched(source(), lambda item: item)
     assert next(ahead) == 1
-    assert behind_first.wait(300)
+    asked.clear()
+    go.set()
     for _ in range(2):
         with pytest.raises(CorruptCacheError, match="broken"):
             next(ahead)
-    assert 0.2 <= ahead.waited <= time.perf_counter() - began
+    assert ahead.waited == 0.25
+    ahead.close()
+
+
+def test_batches_are_made_side_by_side_and_given_in_order():
+    """Two makers meet at a barrier, and the first waits for the second to be done; no order is lost by that."""
+    both, second_done = threading.Barrier(2), threading.Event()
+
+    def make(number):
+        if number < 2:
+            both.wait(timeout=60)
+        if number == 0:
+            assert second_done.wait(timeout=60)
+        elif number == 1:
+            second_done.set()
+        return number
+
+    ahead = Prefetched(iter(range(10)), make, threads=2)
+    assert list(ahead) == list(range(10))
+    ahead.close()
+
+
+def test_an_error_of_a_batch_is_raised_in_its_turn():
+    failed = threading.Event()
+
+    def make(number):
+        if number == 3:
+            failed.set()
+            raise CorruptCacheError("broken")
+        if number == 2:
+            assert failed.wait(timeout=60)  # later than the one that fails, and still whole
+        return number
+
+    ahead = Prefetched(iter(range(20)), make, threads=2)
+    assert [next(ahead) for _ in range(3)] == [0, 1, 2]
+    for _ in range(2):
+        with pytest.raises(CorruptCacheError, match="broken"):
+            next(ahead)
+    ahead.close()
+    assert not any(thread.is_alive() for thread in ahead._threads)
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The epochs and documents of the micro-batches that were read, in order."""
+    seen, real = [], CachedDocuments.__getitems__
+    monkeypatch.setattr(
+        CachedDocuments, "__getitems__", lambda self, batch: (seen.append((batch.epoch, *batch)), real(self, batch))[1]
+    )
+    return seen
+
+
+def doc_ids_of(documents):
+    return [document.doc_id for document in documents]
+
+
+def test_a_stream_reads_on_into_the_next_epoch_and_holds_few_shards(many_shards_path, monkeypatch, read):
+    documents = CachedDocuments(many_shards_path)
+    batches = EpochBatches(documents.documents_per_shard, documents=4, seed=3)
+    expected = [(batch.epoch, *batch) for batch in batches.of_steps(0, 2 * batches.steps)]
+    ids = doc_ids_of(documents)
+    decoded, real = [], type(documents.cache).read_columns
+
+    def read_columns(self, shard):
+        assert len(documents._open) <= MIXED  # and this one
+        decoded.append((read[-1][0], shard))
+        return real(self, shard)
+
+    monkeypatch.setattr(type(documents.cache), "read_columns", read_columns)
+    stream = Stream(documents, batches, doc_ids_of, threads=3)
+    for step in range(batches.steps):
+        assert next(stream.at(step, 2 * batches.steps)) == [ids[n] for n in expected[step][1:]]
+    until = time.monotonic() + 60
+    while len(read) < batches.steps + 2 and time.monotonic() < until:  # not asked for yet
+        time.sleep(0.01)
+    assert len(read) >= batches.steps + 2
+    for step in range(batches.steps, 2 * batches.steps):
+        assert next(stream.at(step, 2 * batches.steps)) == [ids[n] for n in expected[step][1:]]
+    with pytest.raises(StopIteration):
+        next(stream.at(2 * batches.steps, 2 * batches.steps))
+    stream.close()
+    assert read == expected  # and nothing behind the last step
+    assert len(decoded) == len(set(decoded))  # once an epoch
+
+
+def test_a_stream_that_is_asked_for_another_step_begins_there(many_shards_path):
+    documents = CachedDocuments(many_shards_path)
+    batches = EpochBatches(documents.documents_per_shard, documents=4, seed=3)
+    stream = Stream(documents, batches, doc_ids_of)
+    first = [next(stream.at(step, 30)) for step in range(30)]
+    assert [next(stream.at(step, 30)) for step in (7, 8, 25, 0)] == [first[step] for step in (7, 8, 25, 0)]
+    stream.close()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_no_thread_outlives_a_run(many_shards_path, student_path, tmp_path, monkeypatch, error):
+    one = trainer(many_shards_path, student_path, tmp_path, max_steps=9, loss="ce:1")
+    before = set(threading.enumerate())
+
+    def fails(*_):
+        raise error("stop")
+
+    monkeypatch.setattr(one.step_loss, "terms", fails)
+    with pytest.raises(error):
+        one.train()
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name == "prefetch"]
 
 
 @pytest.mark.parametrize(("waiting", "share"), [(0.0, 0.0), (3.0, 0.75)])
@@ -153,7 +267,7 @@ def test_the_log_tells_what_waiting_for_data_costs(cache_path, student_path, tmp
 
     for module in ("prefetch", "step_log"):
         monkeypatch.setattr(f"distill.{module}.time", clock)
-    monkeypatch.setattr("distill.trainer.Prefetched", Waited)
+    monkeypatch.setattr("distill.stream.Prefetched", Waited)
     one = trainer(cache_path, student_path, tmp_path, max_steps=5, loss="ce:1", logging_steps=5)
     compute_loss = one.compute_loss
 
@@ -251,6 +365,18 @@ def test_quarantine_leaves_out_exactly_one_shard(many_shards_path, student_path,
     more = recorded(second)
     second.train(resume_from_checkpoint=True)
     assert [doc_ids for _, doc_ids in [*seen, *more]] == left
+
+
+def test_a_shard_lost_to_the_next_epoch_is_not_lost_to_this_one(tmp_path):
+    """Batches of the next epoch are prepared ahead: a run that is resumed before it reads the shard again for this."""
+    quarantine = Quarantine(tmp_path)
+    quarantine.add(5, 1, CorruptCacheError("broken"), [("a", 3), ("b", 4)])
+    resumed = Quarantine(tmp_path)
+    assert [resumed.covers(5, epoch) for epoch in range(3)] == [False, True, True]
+    assert not resumed.covers(4, 1)
+    resumed.add(5, 0, CorruptCacheError("broken"), [("a", 3), ("b", 4)])
+    assert Quarantine(tmp_path).covers(5, 0)
+    assert Quarantine(tmp_path).summary() == {"file": NAME, "shards": [5], "documents": 2, "rows": 7}
 
 
 def test_the_record_of_a_run_names_what_was_lost(many_shards_path, student_path, tmp_path, capsys):

@@ -159,7 +159,7 @@ def test_an_evaluation_killed_and_resumed(student_path, questions, tmp_path):
     assert not resumed.exists()
     assert kept.count(b"\n") == 1 + 4
     partial.write_bytes(kept + b'{"id": "1", "te')  # as a power cut would leave it
-    with pytest.raises(EvaluationError, match=r"unfinished evaluation \(max_new_tokens 24, now 25\)"):
+    with pytest.raises(EvaluationError, match=r"unfinished work \(max_new_tokens 24, now 25\)"):
         main([*flags, "--max_new_tokens", "25", "--output_file", str(resumed)])
     partial.write_bytes(kept + b'{"id": "1"}\n')
     with pytest.raises(EvaluationError, match="is damaged"):
@@ -233,8 +233,10 @@ def test_answers_are_never_written_again(tmp_path):
             AnswerFile(path, {"task": "t"})
         assert path.read_bytes() == damaged
     path.write_bytes(b'{"task"')  # killed while it was begun
-    assert AnswerFile(path, {"task": "t"}).answers == {}
-    assert json.loads(path.read_bytes()) == {"task": "t"}
+    file = AnswerFile(path, {"task": "t"})
+    assert (file.answers, path.read_bytes()) == ({}, b"")
+    file.add([Answer(id="1", text="a\u2028b"), Answer(id="2", text="")])
+    assert path.read_bytes() == kept
     for damaged in ("[]", "{}", "{"):
         path.write_text(damaged)
         with pytest.raises(EvaluationError, match="is damaged"):
@@ -313,6 +315,10 @@ def test_check_command(tmp_path, capsys):
     assert main([*flags, "--max-drop", "1.0"]) == 1
     assert "1 of 1 fell by more than 1" in capsys.readouterr().out
     assert main([*flags, "--max-drop", "3.5"]) == 0
+    assert capsys.readouterr().err == ""
+    write_report(paths[1], replace(after, dtype="bfloat16"))
+    assert main([*flags, "--max-drop", "3.5"]) == 0
+    assert "now in bfloat16: small changes may come from rounding" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="max_drop"):
         main([*flags, "--max-drop", "nan"])
     (model,) = after.models.values()
@@ -321,7 +327,11 @@ def test_check_command(tmp_path, capsys):
             replace(after, subjects={"task": {"name": "u", "digest": "e"}}),
             "task: name 't', now 'u'; digest 'd', now 'e'",
         ),
-        (replace(after, subjects={"cache": {"cache_id": "c"}}), "subjects"),
+        (replace(after, subjects={"cache": {"cache_id": "c"}}), "measured: subjects ['task'], now ['cache']"),
+        (
+            replace(after, subjects={"task": {"name": "t", "digest": "d", "chat_template_kwargs": {"thinking": True}}}),
+            "task: chat_template_kwargs None, now {'thinking': True}",
+        ),
         (replace(after, models={"n": model}), "other models: m, now n"),
         (replace(after, models={"m": replace(model, parameters=2)}), "model m: parameters 1, now 2"),
         (

@@ -161,6 +161,13 @@ def test_checkpoints_of_another_cache_or_half_written_are_refused(cache_path, ch
         same.train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_of_the_model_alone_is_not_resumed_from(cache_path, student_path, tmp_path):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    trainer(cache_path, student_path, tmp_path, **options).train()
+    with pytest.raises(CheckpointError, match="holds no optimizer"):
+        trainer(cache_path, student_path, tmp_path, **options).train(resume_from_checkpoint=True)
+
+
 def test_a_checkpoint_written_anew_is_not_whole_meanwhile(cache_path, student_path, tmp_path, monkeypatch):
     options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
     trainer(cache_path, student_path, tmp_path, **options).train()
@@ -233,9 +240,18 @@ def test_nothing_to_compare_is_an_error(cache_path, student_path, tmp_path, monk
         {"lr_scheduler_type": "sideways"},
         {"lr_scheduler_kwargs": {"sideways": 1}},
         {"optim": "adamw_bnb_8bit"},
+        {"auto_find_batch_size": True},
+        {"max_grad_norm": float("nan")},
+        {"learning_rate": float("inf")},
     ],
     ids=str,
 )
 def test_impossible_settings(cache_path, student_path, tmp_path, wrong):
     with pytest.raises(ConfigError, match=r"\w"):
         trainer(cache_path, student_path, tmp_path, **wrong).train()
+
+
+def test_a_package_that_is_missed_is_named(cache_path, student_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.config.is_liger_kernel_available", lambda: False)
+    with pytest.raises(ConfigError, match="liger-kernel"):
+        trainer(cache_path, student_path, tmp_path, use_liger_kernel=True)

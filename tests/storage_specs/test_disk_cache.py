@@ -197,7 +197,7 @@ def test_processes_of_a_host_read_the_store_once(s3: S3, tmp_path: Path, store: 
     children = [
         subprocess.Popen(command, cwd=HERE, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(4)
     ]
-    told = {child.communicate(timeout=120)[0] for child in children}
+    told = {child.communicate(timeout=300)[0] for child in children}
     assert told == {f"{sum(len(document.text) for document in documents)} {documents[3].doc_id} 300\n"}
     reads = {path: count for (method, path), count in s3.proxy.requests.items() if method == "GET"}
     kept_objects = {path: count for path, count in reads.items() if "manifest.json" not in path}

@@ -71,11 +71,10 @@ def test_an_object_store_is_asked_for_all_of_it_at_once(s3: S3, store: str, monk
     with monkeypatch.context() as patch:
         patch.setattr(RemoteObjects, "read_range", None)
         s3.proxy.requests.clear()
-        s3.proxy.most_at_once, s3.proxy.delay_seconds = 0, 0.5
+        s3.proxy.most_at_once, s3.proxy.gather = 0, min(objects - 1, 20) // 2 + 1
         assert_stored(documents[7], cache[7])
     assert s3.proxy.count("GET") == s3.proxy.requests.total() == objects - 1  # the record was read before
     assert s3.proxy.most_at_once > min(objects - 1, 20) // 2
-    s3.proxy.delay_seconds = 0
     for fault in ("truncate", "garble", "reset", 500):
         s3.proxy.fail(fault, method="GET", times=2)
         assert_stored(documents[8], cache[8])

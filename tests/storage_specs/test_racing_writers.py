@@ -19,7 +19,8 @@ from storage_specs.reader import open_cache
 from storage_specs.verification import verify_cache
 
 SHARDS = 12
-# argv: output, store, whose values. "ready" is printed, and one line waited for, so that both start together.
+# argv: output, store, whose values. "ready" is printed, and one line waited for, so that both start together, and
+# neither finds the other's cache finished when it first looks.
 WRITE = """
 import dataclasses, sys
 from small_caches import some_documents, some_settings
@@ -28,9 +29,9 @@ output, store, mine = sys.argv[1], sys.argv[2], float(sys.argv[3])
 documents = some_documents(48, words=60)
 plan = make_plan(documents, 4)
 documents = [dataclasses.replace(one, gold_logprob=one.gold_logprob * 0 - mine) for one in documents]
+writer = CacheWriter(output, some_settings(store=store), plan)
 print("ready", flush=True)
 sys.stdin.readline()
-writer = CacheWriter(output, some_settings(store=store), plan)
 for shard in range(len(plan.shards)):
     writer.write_shard(shard, documents[shard * 4 : shard * 4 + 4])
 writer.finalize()
@@ -67,7 +68,7 @@ def test_every_shard_is_of_one_writer_and_the_cache_is_whole(tmp_path: Path, sto
         assert writer.stdin is not None
         writer.stdin.write("go\n")
         writer.stdin.flush()
-    outs = [writer.communicate(timeout=200) for writer in writers]
+    outs = [writer.communicate(timeout=300) for writer in writers]
     assert [writer.returncode for writer in writers] == [0, 0], outs
     assert verify_cache(tmp_path / "cache").ok
     cache = open_cache(tmp_path / "cache")

@@ -187,8 +187,8 @@ def test_other_processes(written: tuple[Path, list[CachedDocument]], method: str
     queue = context.Queue()
     worker = context.Process(target=read_elsewhere, args=(cache, queue))
     worker.start()
-    assert queue.get(timeout=60) == documents[7].doc_id
-    worker.join(timeout=60)
+    assert queue.get(timeout=240) == documents[7].doc_id
+    worker.join(timeout=240)
     assert worker.exitcode == 0
 
 

@@ -138,8 +138,8 @@ def test_an_open_cache_works_in_other_processes(s3: S3, tmp_path: Path, start: s
         answers = processes.Queue()
         child = processes.Process(target=_texts, args=(cache, answers), daemon=True)
         child.start()
-        assert answers.get(timeout=60) == "".join(document.text for document in documents)
-        child.join(60)
+        assert answers.get(timeout=240) == "".join(document.text for document in documents)
+        child.join(240)
         assert child.exitcode == 0
         child.close()
         answers.close()

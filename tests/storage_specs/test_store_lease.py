@@ -9,8 +9,9 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from object_stores import S3
@@ -78,11 +79,43 @@ def test_the_holder_shows_that_it_lives(s3: S3, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(store_lease, "BEAT_SECONDS", 0.01)
     with lease(open_objects(s3.url)):
         s3.proxy.fail("refuse", method="PUT", path="lease", times=3)
-        before, deadline = s3.proxy.count("PUT", "lease"), time.monotonic() + 60
+        before, deadline = s3.proxy.count("PUT", "lease"), time.monotonic() + 120
         while s3.proxy.count("PUT", "lease") < before + 8 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert s3.proxy.count("PUT", "lease") >= before + 8
     assert leases(s3.url) == []
+
+
+def test_a_claim_that_comes_late_gives_way_to_the_holder_above_it(s3: S3) -> None:
+    """It found the place free; before its object stands another one is given back, and a third comes by and holds."""
+    late, third = open_objects(s3.url), open_objects(s3.url)
+    create_late, create_third = late.create, third.create
+    with ExitStack() as held:
+
+        def come_by(name: str, data: bytes) -> bool:
+            other = held.enter_context(ExitStack())
+            other.enter_context(lease(open_objects(s3.url)))
+            third.create = lambda *wanted: other.close() or create_third(*wanted)
+            held.enter_context(lease(third))
+            assert leases(s3.url) == [".writing/lease-000002"]
+            return create_late(name, data)
+
+        late.create = come_by
+        with pytest.raises(CacheInUseError, match="is writing this cache"), lease(late):
+            pass
+        assert leases(s3.url) == [".writing/lease-000002"]
+    assert leases(s3.url) == []
+
+
+def test_the_lower_of_two_claims_waits_for_the_higher_one_to_go(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    objects, lower = open_objects(s3.url), open_objects(s3.url)
+    theirs = {"host": f"not-{socket.gethostname()}", "process": 1, "lease": "x"}
+    higher = {".writing/lease-000002": json.dumps(theirs).encode()}
+    create = lower.create
+    lower.create = lambda name, data: objects.write_all(higher) or create(name, data)
+    monkeypatch.setattr(store_lease, "time", SimpleNamespace(sleep=lambda _: objects.delete(*higher)))
+    with lease(lower):
+        assert leases(s3.url) == [".writing/lease-000001"]
 
 
 def test_of_many_at_once_at_most_one(s3: S3) -> None:
