@@ -110,7 +110,7 @@ def test_prefetching_is_bounded_ordered_and_ends():
     with pytest.raises(StopIteration):
         next(ahead)
     for thread in ahead._threads:  # by themselves
-        thread.join(timeout=60)
+        thread.join(timeout=300)
     assert not any(thread.is_alive() for thread in ahead._threads)
     ahead.close()
     endless = Prefetched(iter(int, 1), lambda item: item, ahead=2)
@@ -154,9 +154,9 @@ def test_batches_are_made_side_by_side_and_given_in_order():
 
     def make(number):
         if number < 2:
-            both.wait(timeout=60)
+            both.wait(timeout=300)
         if number == 0:
-            assert second_done.wait(timeout=60)
+            assert second_done.wait(timeout=300)
         elif number == 1:
             second_done.set()
         return number
@@ -174,7 +174,7 @@ def test_an_error_of_a_batch_is_raised_in_its_turn():
             failed.set()
             raise CorruptCacheError("broken")
         if number == 2:
-            assert failed.wait(timeout=60)  # later than the one that fails, and still whole
+            assert failed.wait(timeout=300)  # later than the one that fails, and still whole
         return number
 
     ahead = Prefetched(iter(range(20)), make, threads=2)
@@ -216,7 +216,7 @@ def test_a_stream_reads_on_into_the_next_epoch_and_holds_few_shards(many_shards_
     stream = Stream(documents, batches, doc_ids_of, threads=3)
     for step in range(batches.steps):
         assert next(stream.at(step, 2 * batches.steps)) == [ids[n] for n in expected[step][1:]]
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while len(read) < batches.steps + 2 and time.monotonic() < until:  # not asked for yet
         time.sleep(0.01)
     assert len(read) >= batches.steps + 2
