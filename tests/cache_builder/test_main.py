@@ -117,7 +117,7 @@ def test_every_field_of_the_config_is_a_flag() -> None:
         (["biuld"], "unknown command 'biuld'; did you mean 'build'?"),
         (["build", "--teacher", "t"], "required: --corpus, --output"),
         (["build", "--teacher", "t", "--corpus", "c", "--output", "o", "--k", "many"], "invalid int value: 'many'"),
-        (["build", "--teacher", "t", "--corpus", "c", "--output", "o", "--chat_template_kwargs", "[1]"], "invalid"),
+        (["build", "--teacher", "t", "--corpus", "c", "--output", "o", "--chat_template_kwargs", "[1]"], "JSON object"),
         (["inspect", "a", "b"], "unexpected argument 'b'"),
         (["verify", "x", "--fats"], "unknown option 'fats'; did you mean 'fast'?"),
     ],

@@ -320,6 +320,7 @@ def test_a_repaired_cache_is_accepted_when_told_so(tmp_path):
     before, now = {"cache_id": "a", "seed": 1}, {"cache_id": "c", "seed": 1}
     for folder in (tmp_path, tmp_path / "checkpoint-3"):
         write_record(folder, {"run": before, "finished": False})
+    (tmp_path / "checkpoint-3" / "optimizer.pt").touch()
     with pytest.raises(CheckpointError, match="--accept_repaired"):
         begin(tmp_path, now)
     with pytest.raises(CheckpointError, match="cache_id"):
