@@ -4,8 +4,8 @@
     python scripts/bench_reader.py --rows 20000 --output /dev/null     # a minute, once the real rows are made
 
 Rows are those of Gemma-3-270M (`real_documents.py`: some 9,000, made on the first call), whole documents repeated in
-ever new orders until there are enough; no inner chunk, page group or block is long enough to see a row twice and
-compress it away. Both sides run in this process, on one thread; rates are per second of processor time, kernel
+their order until there are enough; no inner chunk, page group or block is long enough to see a row twice and compress
+it away. Both sides run in this process, on one thread; rates are per second of processor time, kernel
 included. `--distillkit` takes a clone of github.com/arcee-ai/DistillKit, which is on no package registry. New rows are
 appended.
 """
