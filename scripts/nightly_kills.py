@@ -51,6 +51,8 @@ import demo_assets
 import pyarrow
 import torch
 from random_teacher import make_random_teacher
+from tqdm import tqdm
+from tqdm.std import TqdmDefaultWriteLock
 
 from cache_builder import preparation
 from cache_builder.build_config import BuildConfig
@@ -63,6 +65,9 @@ from storage_specs.garbage import collect_garbage
 from storage_specs.planned_cache import PlannedCache
 from storage_specs.vocabulary_table import vocabulary_to_bytes
 
+# tqdm's lock is one for all forks: a process that is killed while it draws a bar leaves it locked for all others, for
+# ever. Nor may a thread of tqdm's hold one while this process forks.
+TqdmDefaultWriteLock.mp_lock, tqdm.monitor_interval = None, 0
 PHASES = ("plan", "score", "encode", "commit", "manifest")
 SHARDS, DOCUMENTS_PER_SHARD, CHARACTERS = 3, 2, 200
 PATIENCE = 120.0  # seconds, for a machine that does other things, too
