@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -144,12 +144,24 @@ def remove_old_checkpoints(output_dir: Path, keep: int, spare: str | None) -> No
             shutil.rmtree(path)
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], most: int | None = None) -> str:
+    """What tells settings from earlier ones, `name before, now now; ...`; empty where nothing does.
+
+    most: characters of each value.
+    """
+    return "; ".join(
+        f"{name} {repr(before.get(name))[:most]}, now {repr(now.get(name))[:most]}"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name)
+    )
+
+
 def _check_same_run(place: Path, before: dict[str, Any], now: dict[str, Any], replaced: Collection[str]) -> None:
     if before.get("cache_id") in replaced:
         before = before | {"cache_id": now["cache_id"]}
-    different = [f"{name} {before.get(name)!r}, now {now.get(name)!r}" for name in now if before.get(name) != now[name]]
+    different = differences({name: before.get(name) for name in now}, now)
     if different:
         raise CheckpointError(
-            f"{place} belongs to another run ({'; '.join(different)}): repeat that run's flags to resume it, or name "
+            f"{place} belongs to another run ({different}): repeat that run's flags to resume it, or name "
             "another --output_dir (where only cache_id differs and the cache was repaired: --accept_repaired)"
         )

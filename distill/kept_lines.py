@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
-from distill.checkpoint import saving
+from distill.checkpoint import differences, saving
 from storage_specs.errors import EvaluationError
 
 __all__ = ["KeptLines", "check_same", "undamaged"]
@@ -80,13 +80,9 @@ def undamaged(path: Path) -> Iterator[None]:
 
 def check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises EvaluationError where a file is not of this work."""
-    different = [
-        f"{name} {before.get(name)!r}, now {now.get(name)!r}"
-        for name in dict.fromkeys([*before, *now])
-        if before.get(name) != now.get(name)
-    ]
+    different = differences(before, now)
     if different:
         raise EvaluationError(
-            f"{path} is of other, unfinished work ({'; '.join(different)}): repeat its flags, remove it, or name "
+            f"{path} is of other, unfinished work ({different}): repeat its flags, remove it, or name "
             "another --output_file"
         )

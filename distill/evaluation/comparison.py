@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distill.checkpoint import differences
 from distill.evaluation.report import PERCENT, Report, paired_error
 from storage_specs.errors import EvaluationError
 
@@ -96,13 +97,9 @@ def as_text(changes: Sequence[Change], max_drop: float) -> str:
 
 
 def _check_same(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    different = [
-        f"{name} {before.get(name)!r:.80}, now {now.get(name)!r:.80}"
-        for name in dict.fromkeys([*before, *now])
-        if before.get(name) != now.get(name)
-    ]
+    different = differences(before, now, most=80)
     if different:
-        raise EvaluationError(f"the baseline is of something else: {what}: {'; '.join(different)}: evaluate both alike")
+        raise EvaluationError(f"the baseline is of something else: {what}: {different}: evaluate both alike")
 
 
 def _check_names(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
