@@ -1,7 +1,7 @@
 """What a step waits for its batch: one thread that starts anew every epoch, and several that read on across epochs.
 
     python scripts/bench_stream.py                    # ~5 minutes, once the real rows are made
-    python scripts/bench_stream.py --documents 48 --turns 1 --output /dev/null        # a minute
+    python scripts/bench_stream.py --documents 48 --turns 1 --output trial.csv        # a minute
 
 Real rows of Gemma-3-270M (`real_documents.py`), their texts joined to documents of nearly 1,024 tokens of SmolLM2, 16
 to a batch. Both sides run in this process, turn by turn. Three figures for each: how long a batch takes where nothing
@@ -11,7 +11,6 @@ without preparing anything: what Python's lock costs. Appends to scripts/results
 """
 
 import argparse
-import csv
 import os
 import platform
 import statistics
@@ -28,6 +27,7 @@ import numpy as np
 import tokenizers
 import torch
 from real_documents import RANKS, real_documents
+from result_table import ResultTable
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from distill import CachedDocuments, DistillationCollator, DistillationConfig, EpochBatches
@@ -37,10 +37,6 @@ from storage_specs.document import CachedDocument
 from storage_specs.vocabulary import Vocabulary, tokenizer_digest
 
 RESULTS = Path(__file__).parent / "results" / "stream.csv"
-FIELDS = ("arm", "loss", "threads", "epochs", "batches_per_epoch", "tokens_per_batch", "documents_per_shard")
-FIELDS += ("ms_per_batch", "ms_per_batch_p10", "ms_per_batch_p90", "step_ms", "wait_ms_median", "wait_ms_p99")
-FIELDS += ("wait_ms", "data_wait", "launching_ms_alone", "launching_ms", "load", "machine", "python", "torch")
-FIELDS += ("tokenizers", "date")
 LOSSES = ("ce:1,uld:1.5", "ce:1,mapped:1")
 DOCUMENTS, MAX_LENGTH, K_IDS = 16, 1024, 16
 EPOCHS = 3
@@ -194,6 +190,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     student = AutoTokenizer.from_pretrained(demo_assets.smollm2_path())
+    table, rows = ResultTable(options.output), []
     with tempfile.TemporaryDirectory() as scratch:
         cache = Path(scratch) / "cache"
         write_cache(cache, long_documents(options.documents, student), options.documents_per_shard)
@@ -205,50 +202,50 @@ def main(arguments: Sequence[str]) -> int:
                 for arm, turns in found.items():
                     turn(arm, bench, turns, options.step_ms)
                 alone += [timed_ms(launch) for _ in range(20)]
-            report(bench, found, statistics.median(alone), options)
+            rows += measured(bench, found, statistics.median(alone), options)
+            table.write(rows)
     return 0
 
 
-def report(bench: Bench, found: dict[str, Turns], alone_ms: float, options: argparse.Namespace) -> None:
-    """Print and append."""
-    new = not options.output.exists() or not options.output.stat().st_size
-    with options.output.open("a", newline="", encoding="utf8") as file:
-        writer = csv.DictWriter(file, fieldnames=FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        for arm, turns in found.items():
-            p10, p90 = (float(np.percentile(turns.batch_ms, q)) for q in (10, 90))
-            numbers = {
-                "ms_per_batch": statistics.median(turns.batch_ms),
-                "ms_per_batch_p10": p10,
-                "ms_per_batch_p90": p90,
-                "wait_ms_median": statistics.median(turns.waits_ms),
-                "wait_ms_p99": float(np.percentile(turns.waits_ms, 99)),
-                "wait_ms": statistics.mean(turns.waits_ms),
-                "data_wait": sum(turns.waits_ms) / 1000 / turns.seconds,
-                "launching_ms_alone": alone_ms,
-                "launching_ms": statistics.median(turns.launching_ms),
+def measured(
+    bench: Bench, found: dict[str, Turns], alone_ms: float, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A CSV row for each arm, printed too."""
+    rows = []
+    for arm, turns in found.items():
+        p10, p90 = (float(np.percentile(turns.batch_ms, q)) for q in (10, 90))
+        batches = {"ms_per_batch": statistics.median(turns.batch_ms), "ms_per_batch_p10": p10, "ms_per_batch_p90": p90}
+        waits = {
+            "wait_ms_median": statistics.median(turns.waits_ms),
+            "wait_ms_p99": float(np.percentile(turns.waits_ms, 99)),
+            "wait_ms": statistics.mean(turns.waits_ms),
+            "data_wait": sum(turns.waits_ms) / 1000 / turns.seconds,
+            "launching_ms_alone": alone_ms,
+            "launching_ms": statistics.median(turns.launching_ms),
+        }
+        numbers = batches | waits
+        print(f"{bench.loss} {arm}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+        rows.append(
+            {
+                "arm": arm,
+                "loss": bench.loss,
+                "threads": ARMS[arm][0],
+                "epochs": EPOCHS,
+                "batches_per_epoch": bench.batches.steps,
+                "tokens_per_batch": f"{bench.tokens:.0f}",
+                "documents_per_shard": options.documents_per_shard,
+                **{name: f"{value:.4g}" for name, value in batches.items()},
+                "step_ms": f"{options.step_ms:g}",
+                **{name: f"{value:.4g}" for name, value in waits.items()},
+                "load": f"{os.getloadavg()[0]:.1f}",  # of others too: waits are on the wall clock
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "tokenizers": tokenizers.__version__,
+                "date": time.strftime("%Y-%m-%d"),
             }
-            print(f"{bench.loss} {arm}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
-            writer.writerow(
-                {
-                    "arm": arm,
-                    "loss": bench.loss,
-                    "threads": ARMS[arm][0],
-                    "epochs": EPOCHS,
-                    "batches_per_epoch": bench.batches.steps,
-                    "tokens_per_batch": f"{bench.tokens:.0f}",
-                    "documents_per_shard": options.documents_per_shard,
-                    "step_ms": f"{options.step_ms:g}",
-                    **{name: f"{value:.4g}" for name, value in numbers.items()},
-                    "load": f"{os.getloadavg()[0]:.1f}",  # of others too: waits are on the wall clock
-                    "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-                    "python": platform.python_version(),
-                    "torch": torch.__version__,
-                    "tokenizers": tokenizers.__version__,
-                    "date": time.strftime("%Y-%m-%d"),
-                }
-            )
+        )
+    return rows
 
 
 if __name__ == "__main__":
