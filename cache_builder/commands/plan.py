@@ -1,5 +1,6 @@
 """`cache-builder plan`: what a build would read, store and cost. Takes build's flags, and writes nothing."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,9 @@ def parser() -> Parser:
     flags.add_argument(
         "--tokens_per_second", type=float, metavar="X", help="speed of one replica, as `build` printed it"
     )
-    flags.add_argument("--probe", type=float, metavar="SECONDS", help="measure the speed with the real engine (30)")
+    flags.add_argument(
+        "--probe", type=float, nargs="?", const=30.0, metavar="SECONDS", help="measure the speed with the engine (30)"
+    )
     return flags
 
 
@@ -26,8 +29,8 @@ def run(arguments: Sequence[str]) -> int:
     if given is not None and seconds is not None:
         raise ConfigError("cache-builder plan: --tokens_per_second and --probe both give the speed; leave one out")
     for name, value in (("tokens_per_second", given), ("probe", seconds)):
-        if value is not None and not value > 0:
-            raise ConfigError(f"{name} is {value}, but must be above 0")
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{name} is {value}, but must be above 0 and finite")
     from cache_builder.build_config import BuildConfig
     from cache_builder.cost_sheet import describe, probe, workload_of
     from cache_builder.preparation import prepare

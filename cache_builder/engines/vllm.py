@@ -37,7 +37,12 @@ RESERVED = {
     "max_logprobs": "--k",
     "logprobs_mode": "raw_logprobs, the model's own distribution",
     "enable_prefix_caching": "off, because reused prefixes return no log-probabilities",
-    "speculative_config": "none, because speculation corrupts prompt log-probabilities",
+    **dict.fromkeys(
+        ("speculative_config", "spec_method", "spec_model", "spec_tokens"),
+        "none, because speculation corrupts prompt log-probabilities",
+    ),
+    "kv_sharing_fast_prefill": "off, because it computes wrong prompt log-probabilities",
+    "hf_token": "the environment variable HF_TOKEN, because arguments are kept in the manifest",
     "skip_tokenizer_init": "on, because prompts are token ids",
     "runner": "generate",
     "worker_extension_cls": "the capture in the worker",
