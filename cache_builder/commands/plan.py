@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from cache_builder.commands import build
@@ -32,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"{name} is {value}, but must be above 0 and finite")
     from cache_builder.build_config import BuildConfig
-    from cache_builder.cost_sheet import describe, probe, workload_of
+    from cache_builder.cost_sheet import describe, probed, workload_of
     from cache_builder.preparation import prepare
 
     config = BuildConfig(**values, engine_arguments=extras)
@@ -40,8 +41,8 @@ def run(arguments: Sequence[str]) -> int:
     work = workload_of(prepared)
     speed = None if given is None else (given, "given")
     if seconds is not None:
-        first = [window for document in prepared.documents[:256] for window in prepared.recipe.cutter.windows(document)]
-        speed = probe(prepared.engine, first, seconds), f"probed for about {seconds:g} s"
+        with closing(prepared.engine):
+            speed = probed(prepared, seconds), f"probed for about {seconds:g} s"
     sheet = describe(
         work,
         profile=prepared.recipe.settings.config["profile"],
