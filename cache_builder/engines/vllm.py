@@ -85,6 +85,12 @@ class VllmEngine:
                 raise ConfigError(f"{name} is not passed to vLLM: it is decided by the builder ({RESERVED[name]})")
         self.config = config
         self.version = _vllm().__version__
+        stages = str(config.arguments.get("pipeline_parallel_size", 1))
+        if stages != "1" and _is_cpu():
+            raise ConfigError(
+                f"pipeline_parallel_size is {stages}, but vLLM's CPU build starts with 1 only (0.32 hangs or fails): "
+                "use tensor_parallel_size or data_parallel_size"
+            )
         self.arguments = _defaults(config) | _typed(config.arguments)
         # float32 logits (a GEMM of 16-bit weights that keeps its float32 sums): rounded ones tie at the last rank
         self.arguments["hf_overrides"] = {"head_dtype": "float32"} | (self.arguments.get("hf_overrides") or {})
@@ -241,6 +247,12 @@ def _defaults(config: EngineConfig) -> dict[str, Any]:
     if not current_platform.is_cuda_alike():
         return {}
     return {"max_num_batched_tokens": max(8192, config.max_model_len), "gpu_memory_utilization": 0.85}
+
+
+def _is_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
 
 
 def _off(*names: str) -> dict[str, bool]:

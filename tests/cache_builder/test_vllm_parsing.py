@@ -11,19 +11,27 @@ from vllm_windows import window_of
 
 from cache_builder.engines import make_engine
 from cache_builder.engines.base import EngineConfig
-from cache_builder.engines.vllm import RESERVED, parse_flat
+from cache_builder.engines.vllm import parse_flat
 from cache_builder.engines.vllm_sampled import SampledRows, flat_rows_of, hook_sampler, release_sampler, rows_of
 from cache_builder.main import main
 from storage_specs.errors import ConfigError, EngineError
 
 
-def test_arguments_that_the_builder_decides_are_reserved() -> None:
-    config = EngineConfig(
-        model="m", dtype="float32", max_model_len=8, k=2, vocab_size=9, arguments={"max_logprobs": "5"}
-    )
-    assert "max_logprobs" in RESERVED
-    with pytest.raises(ConfigError, match="max_logprobs is not passed to vLLM"):
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("max_logprobs", "5", "max_logprobs is not passed to vLLM"),
+        ("spec_method", "ngram", "spec_method is not passed to vLLM.*speculation corrupts"),
+        ("hf_token", "hf_very_secret", "hf_token is not passed to vLLM.*HF_TOKEN"),
+        ("kv_sharing_fast_prefill", True, "computes wrong prompt log-probabilities"),
+        ("pipeline_parallel_size", "2", "vLLM's CPU build starts with 1 only"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused_before_vllm_starts(name: str, value: str | bool, message: str) -> None:
+    config = EngineConfig(model="m", dtype="float32", max_model_len=8, k=2, vocab_size=9, arguments={name: value})
+    with pytest.raises(ConfigError, match=message) as caught:
         make_engine("vllm", config)
+    assert "secret" not in str(caught.value)
 
 
 def test_a_missing_or_old_vllm_is_an_engine_error(monkeypatch: pytest.MonkeyPatch) -> None:
