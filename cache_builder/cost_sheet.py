@@ -31,7 +31,7 @@ READ_BYTES_PER_SECOND = 200e6  # what a student's storage gives; local disks and
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """documents, shards: of the plan. text_bytes: UTF-8. tokens: read by the teacher, prefixes and overlaps included.
+    """documents, shards: to be done. text_bytes: UTF-8. tokens: read by the teacher, prefixes and overlaps included.
 
     rows: predictions kept. windows: model inputs. generates: rows are written by the teacher, and are at most so many;
     tokens counts them too.
@@ -46,11 +46,17 @@ class Workload:
     generates: bool
 
 
-def workload_of(prepared: Preparation) -> Workload:
-    """Tokenises the whole corpus. Raises TokenizerError, ChatTemplateError, ConfigError."""
+def workload_of(prepared: Preparation, shards: range) -> Workload:
+    """Of these shards of the plan, less those that an extended cache has. Tokenises all their documents.
+
+    Raises TokenizerError, ChatTemplateError, ConfigError.
+    """
     tokens = rows = windows = size = 0
     recipe = prepared.recipe
-    for document in tqdm(prepared.documents, unit="doc", disable=None):
+    taken_over = 0 if prepared.base is None else len(prepared.base.plan.shards)
+    scored = [shard for shard in shards if shard >= taken_over]
+    documents = [document for shard in scored for document in prepared.members(shard)]
+    for document in tqdm(documents, unit="doc", disable=None):
         size += len(document.text.encode())
         if recipe.sampling is not None:
             prompt = make_prompt(recipe.cutter, document, recipe.sampling, 0, recipe.engine_config)
@@ -62,8 +68,8 @@ def workload_of(prepared: Preparation) -> Workload:
             tokens += len(window.ids)
             rows += len(window.target_ids)
     return Workload(
-        documents=len(prepared.documents),
-        shards=len(prepared.plan.shards),
+        documents=len(documents),
+        shards=len(scored),
         text_bytes=size,
         tokens=tokens,
         rows=rows,

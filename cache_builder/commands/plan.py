@@ -38,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
 
     config = BuildConfig(**values, engine_arguments=extras)
     prepared = prepare(config)
-    work = workload_of(prepared)
+    work = workload_of(prepared, config.shards_of(prepared.plan))
     speed = None if given is None else (given, "given")
     if seconds is not None:
         with closing(prepared.engine):

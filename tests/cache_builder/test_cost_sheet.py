@@ -38,7 +38,8 @@ def test_the_sheet_counts_what_the_build_then_does(
     values = dict(zip(names, (flag.partition("=")[2] for flag in flags), strict=True))
     values |= {name: int(values[name]) for name in names[3:]}
     config = BuildConfig(**values, output=tmp_path / "cache")
-    work = workload_of(prepare(config))
+    prepared = prepare(config)
+    work = workload_of(prepared, config.shards_of(prepared.plan))
     report = build(config)
     assert (work.documents, work.shards) == (4, 2)
     assert work.rows == report.manifest.counts["rows"]
@@ -50,6 +51,17 @@ def test_the_sheet_counts_what_the_build_then_does(
     assert f"{hours:,.2f} hours, {2 * hours:,.2f} GPU-hours: 100 tokens per second (given), 2 replicas" in printed
     assert "cache / (live - read)" in printed
     assert "<- this build" in printed
+
+
+def test_only_what_this_call_is_to_score_is_counted(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *flags, "--shard-range", "0:1"]) == 0
+    assert capsys.readouterr().out.startswith("documents   2 in 1 shards, 128 bytes of text\n")
+    assert main(["build", *flags, "--output", str(tmp_path / "old"), "--max_documents", "2"]) == 0
+    capsys.readouterr()
+    assert main(["plan", *flags, "--extend", str(tmp_path / "old")]) == 0
+    assert capsys.readouterr().out.startswith("documents   2 in 1 shards, 164 bytes of text\n")
 
 
 def test_without_a_speed_the_sheet_says_how_to_get_one(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
