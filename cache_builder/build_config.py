@@ -126,6 +126,8 @@ class BuildConfig:
         elif given := [name for name in SAMPLING if getattr(self, name) is not None]:
             raise ConfigError(f"{', '.join(given)}: for completions that the teacher writes; add --mode generate")
         self._check_endpoint()
+        if self.gpus_per_replica < 1:
+            raise ConfigError("tensor_parallel_size and pipeline_parallel_size must be at least 1")
         if self.launcher not in LAUNCHERS:
             raise ConfigError(f"launcher is {self.launcher!r}, but must be {' or '.join(LAUNCHERS)}")
         if not all(self.score_roles) or not self.score_roles or set(self.score_roles) & set(TOOL_ROLES):
@@ -180,7 +182,7 @@ class BuildConfig:
         sizes = (self.engine_arguments.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
         try:
             return math.prod(map(int, sizes))
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"tensor_parallel_size and pipeline_parallel_size must be whole numbers: {error}"
             ) from None

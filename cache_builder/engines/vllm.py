@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -93,7 +93,10 @@ class VllmEngine:
             )
         self.arguments = _defaults(config) | _typed(config.arguments)
         # float32 logits (a GEMM of 16-bit weights that keeps its float32 sums): rounded ones tie at the last rank
-        self.arguments["hf_overrides"] = {"head_dtype": "float32"} | (self.arguments.get("hf_overrides") or {})
+        overrides = self.arguments.get("hf_overrides") or {}
+        if not isinstance(overrides, dict):
+            raise ConfigError(f"hf_overrides is {overrides!r:.100}, but must be a JSON object")
+        self.arguments["hf_overrides"] = {"head_dtype": "float32"} | overrides
         self.flat_reason = version_problem(self.version)
         self._llm: Any = None
         self._requests = 0
@@ -316,6 +319,10 @@ def _vllm() -> Any:
     return vllm
 
 
+def _refuse(message: str) -> NoReturn:
+    raise ConfigError(message)
+
+
 def _typed(arguments: dict[str, Any]) -> dict[str, Any]:
     """Strings from the command line as the types that vLLM's own parser gives them. Raises ConfigError."""
     from vllm import EngineArgs
@@ -329,6 +336,7 @@ def _typed(arguments: dict[str, Any]) -> dict[str, Any]:
         else:
             words += [flag, *map(str, value)] if isinstance(value, list) else [flag, str(value)]
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(exit_on_error=False))
+    parser.error = _refuse  # its own prints the usage, 240 lines of it
     try:
         parsed = parser.parse_args(words)
     except (SystemExit, Exception) as error:

@@ -25,13 +25,19 @@ from storage_specs.errors import ConfigError, EngineError
         ("hf_token", "hf_very_secret", "hf_token is not passed to vLLM.*HF_TOKEN"),
         ("kv_sharing_fast_prefill", True, "computes wrong prompt log-probabilities"),
         ("pipeline_parallel_size", "2", "vLLM's CPU build starts with 1 only"),
+        ("hf_overrides", "[1]", "must be a JSON object"),
+        ("enforce_eager", "maybe", "vLLM does not take --enforce-eager maybe: unrecognized arguments: maybe"),
     ],
 )
-def test_arguments_that_cannot_be_are_refused_before_vllm_starts(name: str, value: str | bool, message: str) -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # vLLM's imports
+def test_arguments_that_cannot_be_are_refused_before_vllm_starts(
+    name: str, value: str | bool, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     config = EngineConfig(model="m", dtype="float32", max_model_len=8, k=2, vocab_size=9, arguments={name: value})
     with pytest.raises(ConfigError, match=message) as caught:
         make_engine("vllm", config)
     assert "secret" not in str(caught.value)
+    assert "usage" not in capfd.readouterr().err
 
 
 def test_a_missing_or_old_vllm_is_an_engine_error(monkeypatch: pytest.MonkeyPatch) -> None:
