@@ -11,9 +11,12 @@ from vllm_windows import window_of
 
 from cache_builder.engines import make_engine
 from cache_builder.engines.base import EngineConfig
+from cache_builder.engines.generating import Prompt
 from cache_builder.engines.vllm import parse_flat
+from cache_builder.engines.vllm_generate import VllmGenerator
 from cache_builder.engines.vllm_sampled import SampledRows, flat_rows_of, hook_sampler, release_sampler, rows_of
 from cache_builder.main import main
+from cache_builder.sampling import Sampling
 from storage_specs.errors import ConfigError, EngineError
 
 
@@ -142,3 +145,22 @@ def test_the_v2_sampler_is_seen_and_let_go() -> None:
     assert type(runner.sampler) is Sampler
     with pytest.raises(TypeError, match="expected self, logits, input_batch"):
         hook_sampler(types.SimpleNamespace(sampler=len, prompt_logprobs_worker=None), rows)
+
+
+@pytest.mark.parametrize(("seeds_kill", "expected"), [(True, {"seed": 2**31 - 1}), (False, {})])
+def test_where_samples_have_no_seeds_the_first_one_seeds_the_engine(
+    seeds_kill: bool, expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else --seed would change nothing on a CPU, and two replicas would write the same samples of a prompt."""
+
+    def load() -> None:
+        raise EngineError("far enough")
+
+    monkeypatch.setattr("cache_builder.engines.vllm_generate._seeds_kill", lambda: seeds_kill)
+    engine: Any = types.SimpleNamespace(flat_reason=None, arguments={}, is_loaded=False, load=load)
+    prompts = [Prompt(ids=np.arange(2), text="", turns=None, seed=seed, max_tokens=1) for seed in (2**63 - 1, 5)]
+    generator = VllmGenerator(engine, Sampling(), [])
+    with pytest.raises(EngineError, match="far enough"):
+        next(generator.generate(iter(prompts)))
+    assert engine.arguments == expected
+    assert [prompt.seed for prompt in generator._seeding(iter(prompts))] == [2**63 - 1, 5]
