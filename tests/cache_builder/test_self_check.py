@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from cache_builder.engines.generating import Generation, Prompt
 from cache_builder.engines.transformers import TransformersEngine
 from cache_builder.engines.transformers_generate import TransformersGenerator
 from cache_builder.preparation import prepare
-from cache_builder.self_check import GENERATED, _first_prompts, drift_between
+from cache_builder.self_check import FEW_ROWS, GENERATED, _checked, _first_prompts, drift_between
 from cache_builder.shard_worker import ShardWorker
 from storage_specs.drift import drift_problem, worst_drift
 from storage_specs.errors import DriftError, EngineError
@@ -90,6 +91,17 @@ def test_wrong_rows_stop_the_build_unless_it_is_told_not_to_look(
     with pytest.raises(DriftError, match="its rows would be wrong"):
         build(config)
     assert build(dataclasses.replace(config, self_check=0)).manifest.drift is None
+
+
+def test_a_few_rows_may_scatter_more_than_many() -> None:
+    engine = SimpleNamespace(config=SimpleNamespace(dtype="bfloat16"))
+    for rows, passes in ((1, True), (FEW_ROWS - 1, True), (FEW_ROWS, False)):
+        ours, theirs = (scores_of([gold] * rows, [[0.5]] * rows) for gold in (-1.0, -1.3))
+        if passes:
+            assert _checked(engine, "another", [ours], [theirs])["rows"] == rows
+        else:
+            with pytest.raises(DriftError, match=r"by 0\.3 nats in half of the gold log-probabilities \(limit 0\.1\)"):
+                _checked(engine, "another", [ours], [theirs])
 
 
 @pytest.fixture
