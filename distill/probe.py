@@ -27,7 +27,7 @@ import torch
 
 from distill.collator import Batch
 
-__all__ = ["GradientProbe", "HarmWatch", "gradients_of"]
+__all__ = ["GradientProbe", "HarmWatch", "gradients_of", "random_states_kept"]
 
 Gradient = list[torch.Tensor]
 
@@ -76,7 +76,7 @@ def gradients_of(loss: Callable[[], torch.Tensor], parameters: Sequence[torch.nn
     before = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
-    with _random_states_kept(parameters):
+    with random_states_kept(parameters):
         value = loss()
         value.backward()
     found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -86,7 +86,7 @@ def gradients_of(loss: Callable[[], torch.Tensor], parameters: Sequence[torch.nn
 
 
 @contextmanager
-def _random_states_kept(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+def random_states_kept(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
     """Dropout draws the same numbers in every pass, and the run's own go on where they were."""
     devices = {parameter.device for parameter in parameters if parameter.is_cuda}
     with torch.random.fork_rng(devices=list(devices)):
