@@ -42,7 +42,7 @@ class DistillationConfig(TrainingArguments):
     look_ahead_steps: int = field(
         default=0,
         metadata={
-            "help": "at each evaluation, try so many steps of CE alone beside as many of the mixture (0 = never; 8)"
+            "help": "at each evaluation, try so many steps of CE alone beside as many of the mixture (0 = never; try 4)"
         },
     )
     max_eval_documents: int | None = field(
@@ -144,8 +144,8 @@ class DistillationConfig(TrainingArguments):
             raise ConfigError(f"look_ahead_steps is {self.look_ahead_steps}: must not be negative (0 = never)")
         if self.look_ahead_steps and self.eval_strategy == "no":
             raise ConfigError(
-                f"look_ahead_steps is {self.look_ahead_steps}, but eval_strategy is 'no' and a look-ahead is part of an "
-                "evaluation: add --eval_strategy steps --eval_steps N, or leave it out"
+                f"look_ahead_steps is {self.look_ahead_steps}, but eval_strategy is 'no', and a look-ahead is part of "
+                "an evaluation: add --eval_strategy steps --eval_steps N, or leave it out"
             )
         if self.max_eval_documents is not None and self.max_eval_documents < 1:
             raise ConfigError(f"max_eval_documents is {self.max_eval_documents}: must be at least 1")
