@@ -13,6 +13,7 @@ of CE (c), of each loss of the teacher's (k), of the whole mixture (m), and of C
 A mixture that gains less than CE alone makes held-out CE worse than CE alone would, at this point and to first order:
 momentum, Adam's scaling and what a teacher's regularisation brings over many epochs are not seen. One micro-batch is
 noisy, so a warning takes several probes: CE's lead must be 2.5 standard errors and more than a twentieth of its gain.
+Real steps see more (`distill.look_ahead`), and where they are taken only they warn.
 A run with probes takes the same steps as one without: random states and gradients are left as they were.
 Cost of a probe: as many forward and backward passes as there are losses, and two; memory: two more gradients.
 """

@@ -3,11 +3,13 @@
 import copy
 from types import SimpleNamespace
 
+import bench_look_ahead
 import numpy as np
 import pytest
 import torch
 from accelerate.utils import DistributedType
 from reference_losses import cached_uld
+from result_table import read_rows
 from torch.nn.functional import cross_entropy
 from training import config, load_tokenizer, trainer, weights
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -275,6 +277,18 @@ def test_a_warning_takes_three_in_a_row_beyond_noise():
     assert told([0.02] * 5, error=0.005) == []
     assert told([0.02] * 5, gain=-0.5) == [], "less than a twentieth of what CE alone changes"
     assert told([0.02] * 5, documents=9) == [], "too few documents for an error"
+
+
+def test_the_bench_draws_other_batches_from_one_state(counting, tmp_path):
+    results = tmp_path / "look_ahead.csv"
+    words = [str(counting["odds"]), str(counting["student"]), "--at", "1", "3", "--draws", "3", "--max_length", "96"]
+    assert bench_look_ahead.main([*words, "--loss", "ce:1,mapped:1", "--results", str(results)]) == 0
+    rows = read_rows(results)
+    assert [row["at_step"] for row in rows] == ["1", "3"]
+    for row in rows:
+        assert float(row["spread_of_error"]) > 0
+        assert float(row["look_ahead_seconds"]) > 0
+        assert float(row["bits_per_byte"]) < 1
 
 
 # ---- what cannot be
