@@ -12,8 +12,9 @@ teacher's losses bring over many epochs; and both arms begin with the mixture's 
 
 Cost: twice these steps and two more evaluations. Memory: one copy of trainable weights, buffers and optimizer state on
 the CPU (AdamW in float32: 12 bytes for each trainable parameter and process) and these batches; on the device no more
-than a training step and an evaluation take. A run with look-aheads takes bitwise the same steps as one without. Ranks
-of plain data parallelism take their shares of all that; FSDP and DeepSpeed are refused.
+than a training step and an evaluation take. A run with look-aheads takes bitwise the same steps as one without, as far
+as the device repeats itself at all. Ranks of plain data parallelism take their shares of all that; FSDP and DeepSpeed
+are refused.
 """
 
 import copy

@@ -50,10 +50,10 @@ class CachedDistillationTrainer(Trainer):
 
     CE is divided by its labels, each teacher's loss by its compared rows or chunks, all counted over all micro-batches
     and ranks of a step before the first backward; with `loss_normalization="samples"` all are means of documents'
-    means. Each term is logged apart, with the compared fractions; `probe_steps` adds gradients (`distill.probe`).
-    `evaluate` measures bits per byte of the held-out documents (`eval_dataset`, by default the cache's). `run` says
-    what makes this run itself (cache_id and excluded documents are added): checkpoints record it, and one of another
-    run is refused.
+    means. Each term is logged apart, with the compared fractions; `probe_steps` adds gradients (`distill.probe`),
+    `look_ahead_steps` what CE alone would do (`distill.look_ahead`). `evaluate` measures bits per byte of the held-out
+    documents (`eval_dataset`, by default the cache's). `run` says what makes this run itself (cache_id and excluded
+    documents are added): checkpoints record it, and one of another run is refused.
 
     Takes what `transformers.Trainer` takes, without the arguments that say where data and losses come from. Raises
     TokenizerError, ConfigError, AlignmentError (nothing to compare), CheckpointError, NonFiniteLossError (naming the
