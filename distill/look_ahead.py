@@ -156,7 +156,7 @@ def _compared(
     over_ranks: Callable[[torch.Tensor], torch.Tensor],
 ) -> dict[str, float]:
     """The figures of both arms over all documents of all ranks. The difference is a ratio of sums over documents,
-    nats to bytes; its error is the linearised one of such a ratio (Cochran, Sampling Techniques, 1977, eq. 6.13)."""
+    nats to bytes; its error is the linearised one of such a ratio (Cochran, Sampling Techniques, 1977, chapter 6)."""
     sums = torch.full((7,), math.nan, dtype=torch.float64)
     if mixture is not None and ce is not None:
         pairs = [(a.nats["student"], b.nats["student"], a.bytes) for a, b in zip(mixture, ce, strict=True) if a.bytes]
@@ -189,7 +189,8 @@ def look_ahead_warning(history: Sequence[Mapping[str, float]], mixture: LossMixt
     if not row or row % IN_A_ROW:
         return None
     ce, with_teacher, difference, error = (lines[-1][f"eval_{name}"] for name in (CE, MIXTURE, DIFFERENCE, ERROR))
-    smaller = ",".join(f"{name}:{weight if name == 'ce' else weight / 4:g}" for name, weight in mixture.weights)
+    of_teacher = [f"{name}:{mixture[name] / 4:g}" for name in mixture.of_teacher]
+    smaller = ",".join([f"ce:{mixture['ce'] or 1:g}", *of_teacher])
     tries = [f"a smaller weight (--loss {smaller})", "another --learning_rate", "CE alone (--loss ce:1)"]
     if not mixture["mapped"]:
         tries.insert(1, "--loss ce:1,mapped:1 (needs ids)")

@@ -158,6 +158,8 @@ def main(arguments: Sequence[str]) -> int:
             bench.prepare(options.at, options.draws)
             bench.train()
         settings = {
+            "teacher": cache.manifest.teacher["name"],
+            "documents": len(cache),
             "loss": loss,
             "rows": "shuffled" if options.shuffled else "teacher's",
             "learning_rate": f"{options.learning_rate:g}",

@@ -174,6 +174,8 @@ def test_two_ranks_tell_what_one_process_tells(alone, several, parallel):
         **{name: 2 for name in (TOLD[-1], *PROBED)},
         **{name: 1 for name in foretold},
     }
+    if foretold:
+        assert found[FORETOLD[1]][0] == pytest.approx(found[TOLD[-1]][1], rel=1e-9), "it comes as it was foretold"
     for name in TOLD + foretold:
         assert found[name] == pytest.approx(expected[name], rel=1e-4), name
     for name in PROBED:
