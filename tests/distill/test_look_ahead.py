@@ -273,7 +273,7 @@ def test_a_warning_takes_three_in_a_row_beyond_noise():
     assert [number for number, _ in found] == [2, 5]
     assert "Try a smaller weight (--loss ce:1,uld:0.375), --loss ce:1,mapped:1 (needs ids), another" in found[0][1]
     assert "(--loss ce:1,mapped:0.5), another" in told([0.02] * 3, mixture="mapped:2")[0][1]
-    assert told([0.02, 0.02, 0.004, 0.02, 0.02, -0.02, 0.02]) == []
+    assert told([0.02, 0.02, 0.006, 0.02, 0.02, -0.02, 0.02]) == []
     assert told([0.02] * 5, error=0.005) == []
     assert told([0.02] * 5, gain=-0.5) == [], "less than a twentieth of what CE alone changes"
     assert told([0.02] * 5, documents=9) == [], "too few documents for an error"
