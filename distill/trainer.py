@@ -31,6 +31,7 @@ from distill.encoder_decoder import decoder_start_of
 from distill.finite import FiniteLosses
 from distill.head import picked_logits
 from distill.held_out import held_out_documents, held_out_figures
+from distill.look_ahead import check_look_ahead, look_ahead, look_ahead_warning
 from distill.mixed_precision import keep_output_dtype
 from distill.packing import check_packing
 from distill.probe import GradientProbe, HarmWatch, warning
@@ -49,10 +50,10 @@ class CachedDistillationTrainer(Trainer):
 
     CE is divided by its labels, each teacher's loss by its compared rows or chunks, all counted over all micro-batches
     and ranks of a step before the first backward; with `loss_normalization="samples"` all are means of documents'
-    means. Each term is logged apart, with the compared fractions; `probe_steps` adds gradients (`distill.probe`).
-    `evaluate` measures bits per byte of the held-out documents (`eval_dataset`, by default the cache's). `run` says
-    what makes this run itself (cache_id and excluded documents are added): checkpoints record it, and one of another
-    run is refused.
+    means. Each term is logged apart, with the compared fractions; `probe_steps` adds gradients (`distill.probe`),
+    `look_ahead_steps` what CE alone would do (`distill.look_ahead`). `evaluate` measures bits per byte of the held-out
+    documents (`eval_dataset`, by default the cache's). `run` says what makes this run itself (cache_id and excluded
+    documents are added): checkpoints record it, and one of another run is refused.
 
     Takes what `transformers.Trainer` takes, without the arguments that say where data and losses come from. Raises
     TokenizerError, ConfigError, AlignmentError (nothing to compare), CheckpointError, NonFiniteLossError (naming the
@@ -91,6 +92,9 @@ class CachedDistillationTrainer(Trainer):
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
+        if args.look_ahead_steps:
+            check_look_ahead(args, self.accelerator)
+        self.is_looking_ahead = False
         # The loss is divided by counts of the whole step: nothing is left for Trainer to divide by.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -198,8 +202,9 @@ class CachedDistillationTrainer(Trainer):
         """This micro-batch's share of the step's loss (all of it where `num_items_in_batch` is None)."""
         terms = self._terms(model, inputs, num_items_in_batch)
         loss = (self._sent(self.step_loss.term_weights) * terms).sum()
-        self.finite.watch(loss, terms, self.step_loss.names, inputs["doc_ids"], self.state.global_step)
-        self.step_log.add_terms(terms)
+        if not self.is_looking_ahead:
+            self.finite.watch(loss, terms, self.step_loss.names, inputs["doc_ids"], self.state.global_step)
+            self.step_log.add_terms(terms)
         # DDP and FSDP average gradients over ranks, and the divisor is of all ranks already.
         loss = loss * self.accelerator.num_processes
         return (loss, {"terms": terms.detach()}) if return_outputs else loss
@@ -236,9 +241,12 @@ class CachedDistillationTrainer(Trainer):
         held_out = self.data_collator([self.eval_dataset[n] for n in sorted(numbers)])
         found = probe.measure(batch, held_out)
         self.log(found)
-        harm = self.harm_watch.add(found)
-        if harm is not None and self.is_world_process_zero():
-            print(warning(harm, self.args.loss, self.args.learning_rate), file=sys.stderr, flush=True)
+        harm = None if self.args.look_ahead_steps else self.harm_watch.add(found)
+        self._warn(harm and warning(harm, self.args.loss, self.args.learning_rate))
+
+    def _warn(self, line: str | None) -> None:
+        if line and self.is_world_process_zero():
+            print(line, file=sys.stderr, flush=True)
 
     def evaluate(
         self,
@@ -252,8 +260,11 @@ class CachedDistillationTrainer(Trainer):
         """
         documents = eval_dataset or self.eval_dataset or held_out_documents(self.train_dataset.cache)
         found = held_out_figures(self.model, self.processing_class, documents, self.args, self.accelerator)
+        if self.args.look_ahead_steps and self.args.mixture.of_teacher and self.is_in_train:
+            found |= look_ahead(self, documents)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
+        self._warn(look_ahead_warning(self.state.log_history, self.args.mixture))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
