@@ -125,7 +125,8 @@ def _replica(pipe: Connection, recipe: Recipe) -> None:
 def _serve(pipe: Connection, recipe: Recipe) -> None:
     try:
         pipe.send(None)
-        with closing(ShardWorker(recipe)) as worker:
+        # vLLM's core process outlives a parent that only ends, and keeps the GPU
+        with closing(ShardWorker(recipe)) as worker, closing(worker.engine):
             while True:
                 pipe.poll(None)
                 worker.run(_Jobs(pipe), lambda shard, work: pipe.send((shard, work)), Progress(0, 0, 0))

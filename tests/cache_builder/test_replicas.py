@@ -149,7 +149,10 @@ def interrupt_handler() -> Iterator[None]:
 
 @pytest.mark.usefixtures("interrupt_handler")
 def test_a_replica_is_interrupted_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Again while it leaves, as by its parent, who has lost patience, or at its end: no traceback of that."""
+    """Again while it leaves, as by its parent, who has lost patience, or at its end: no traceback of that.
+
+    It ends its engine, whose own processes would else outlive it.
+    """
     reached: list[str] = []
 
     def interrupted(place: str) -> None:
@@ -157,14 +160,15 @@ def test_a_replica_is_interrupted_once(monkeypatch: pytest.MonkeyPatch) -> None:
         signal.raise_signal(signal.SIGINT)
         reached.append(f"{place} goes on")
 
-    worker = SimpleNamespace(run=lambda *_: interrupted("run"), close=lambda: interrupted("close"))
+    engine = SimpleNamespace(close=lambda: reached.append("engine"))
+    worker = SimpleNamespace(run=lambda *_: interrupted("run"), close=lambda: interrupted("close"), engine=engine)
     monkeypatch.setattr("cache_builder.replicas.ShardWorker", lambda recipe: worker)
     ours, theirs = multiprocessing.Pipe()
     with ours, theirs:
         ours.send((0, []))
         _replica(theirs, None)
         interrupted("end")
-    assert reached == ["run", "close", "close goes on", "end", "end goes on"]
+    assert reached == ["run", "engine", "close", "close goes on", "end", "end goes on"]
 
 
 @pytest.mark.usefixtures("interrupt_handler")
@@ -183,7 +187,7 @@ def test_a_replica_whose_parent_left_its_news_unread_ends_quietly(monkeypatch: p
             errors.append(type(error))
             raise
 
-    worker = SimpleNamespace(run=run, close=lambda: None)
+    worker = SimpleNamespace(run=run, close=lambda: None, engine=SimpleNamespace(close=lambda: None))
     monkeypatch.setattr("cache_builder.replicas.ShardWorker", lambda recipe: worker)
     with theirs:
         ours.send((0, []))
