@@ -5,7 +5,6 @@ Legend: R labels, V student vocabulary.
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from distill.finite import FiniteLosses
 from distill.head import picked_logits
 from distill.held_out import held_out_documents, held_out_figures
 from distill.mixed_precision import keep_output_dtype
+from distill.out_of_memory import SMALLER, SMALLER_EVALUATION, in_memory, micro_batch
 from distill.packing import check_packing
 from distill.probe import GradientProbe, HarmWatch, warning
 from distill.progress import TokenProgress
@@ -41,7 +41,8 @@ from distill.sampler import EpochBatches
 from distill.step_log import NO_COUNTS, StepLog, batch_counts
 from distill.step_loss import UNITS, StepLoss
 from distill.stream import Stream
-from storage_specs.errors import CheckpointError, ConfigError, CorruptCacheError, TeachOnceError
+from distill.trainer_setup import setting_up
+from storage_specs.errors import CheckpointError, CorruptCacheError, TeachOnceError
 
 
 class CachedDistillationTrainer(Trainer):
@@ -55,8 +56,8 @@ class CachedDistillationTrainer(Trainer):
     run is refused.
 
     Takes what `transformers.Trainer` takes, without the arguments that say where data and losses come from. Raises
-    TokenizerError, ConfigError, AlignmentError (nothing to compare), CheckpointError, NonFiniteLossError (naming the
-    documents of the batch), and in saving StorageFullError, OutputFolderError.
+    TokenizerError, ConfigError, AlignmentError (nothing to compare), CheckpointError, NonFiniteLossError and
+    DeviceMemoryError (naming the documents of the batch), and in saving StorageFullError, OutputFolderError.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class CachedDistillationTrainer(Trainer):
         )
         if eval_dataset is None and (args.eval_strategy != "no" or args.probe_steps):
             eval_dataset = held_out_documents(train_dataset.cache, train_dataset.excluded)
-        with _setting_up():
+        with setting_up():
             super().__init__(
                 model=model,
                 args=args,
@@ -171,8 +172,7 @@ class CachedDistillationTrainer(Trainer):
     def _stop_without_batches(self, failure: TeachOnceError | None) -> None:
         """Keep what was learned, then raise; failure: this rank's, or None where it was another's."""
         step = self.state.global_step
-        if step and self.last_saved_step() != step:
-            self._save_checkpoint(self.model_wrapped, None)
+        self.save_last_step()
         after = f"training stopped after step {step}, from which the same command resumes"
         if failure is None:
             raise CorruptCacheError(f"another process could not read its documents (its error says why); {after}")
@@ -187,6 +187,11 @@ class CachedDistillationTrainer(Trainer):
         return super()._prepare_input(data)
 
     # ---- loss
+
+    def training_step(self, model: torch.nn.Module, inputs: Batch, *arguments: Any, **options: Any) -> torch.Tensor:
+        """Trainer's. Raises DeviceMemoryError."""
+        with in_memory(self, micro_batch(inputs, self.state.global_step), SMALLER):
+            return super().training_step(model, inputs, *arguments, **options)
 
     def compute_loss(
         self,
@@ -251,7 +256,9 @@ class CachedDistillationTrainer(Trainer):
         Raises AlignmentError where there are none, or no bytes that both score.
         """
         documents = eval_dataset or self.eval_dataset or held_out_documents(self.train_dataset.cache)
-        found = held_out_figures(self.model, self.processing_class, documents, self.args, self.accelerator)
+        size = self.args.per_device_eval_batch_size
+        with in_memory(self, f"held-out documents, {size} x {self.args.max_length} tokens", SMALLER_EVALUATION):
+            found = held_out_figures(self.model, self.processing_class, documents, self.args, self.accelerator)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -280,7 +287,8 @@ class CachedDistillationTrainer(Trainer):
                 self.train_dataset.sample(SAMPLE_DOCUMENTS, self.args.on_corrupt == "quarantine"), self.data_collator
             )
         try:
-            output = super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **options)
+            with in_memory(self, "the optimizer, or what is beside the model", SMALLER, whole=False):
+                output = super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **options)
         finally:
             self.stream.close()
         self.finite.check()
@@ -293,12 +301,12 @@ class CachedDistillationTrainer(Trainer):
 
     def create_optimizer(self, *arguments: Any, **options: Any) -> torch.optim.Optimizer:
         """Trainer's; packages that an optimizer needs are missed only here. Raises ConfigError."""
-        with _setting_up():
+        with setting_up():
             return super().create_optimizer(*arguments, **options)
 
     def create_scheduler(self, *arguments: Any, **options: Any) -> Any:
         """Trainer's. Raises ConfigError."""
-        with _setting_up():
+        with setting_up():
             return super().create_scheduler(*arguments, **options)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
@@ -319,18 +327,13 @@ class CachedDistillationTrainer(Trainer):
             if keep:
                 remove_old_checkpoints(folder.parent, keep, self.state.best_model_checkpoint)
 
+    def save_last_step(self) -> None:
+        """A checkpoint of the last whole step, if there was one and it is not saved yet."""
+        step = self.state.global_step
+        if step and self.last_saved_step() != step:
+            self._save_checkpoint(self.model_wrapped, None)
+
     def last_saved_step(self) -> int | None:
         """The step of the newest whole checkpoint."""
         newest = last_whole_checkpoint(Path(self.args.output_dir))
         return None if newest is None else int(newest.name.rpartition("-")[2])
-
-
-@contextmanager
-def _setting_up() -> Iterator[None]:
-    """Types what Trainer raises for arguments that it, or a package it needs, cannot work with: ConfigError."""
-    try:
-        yield
-    except TeachOnceError:
-        raise
-    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"training arguments: {type(error).__name__}: {error}") from error
