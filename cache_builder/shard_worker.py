@@ -147,6 +147,9 @@ class ShardWorker:
             ]
             work.tokens += sum(len(generation.scores.gold_logprob) for generation in results)
             work.refused = generation_record(finished)["refused"]
+            most = self.recipe.sampling.max_tokens
+            lengths = [len(item.scores.gold_logprob) for item in results if item.finish_reason == "length"]
+            work.cut_short = sum(length < most for length in lengths)
             return finished
 
         work = Work(tokens=sum(len(prompt.ids) for prompt in prompts))
