@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from cache_builder.build_config import BuildConfig
 from cache_builder.engines import choose_engine, make_engine
-from cache_builder.engines.base import Engine, EngineConfig, check_window
+from cache_builder.engines.base import EngineConfig, check_window
+from cache_builder.engines.interface import Engine
 from cache_builder.extension import extended
 from cache_builder.prompts import read_prompts
 from cache_builder.rows import Cutter

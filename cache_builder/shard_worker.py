@@ -16,8 +16,9 @@ import numpy as np
 from cache_builder.completions import completed
 from cache_builder.encoders import ShardEncoders, encoder_count
 from cache_builder.engines import gpu_count, make_engine
-from cache_builder.engines.base import Engine, EngineConfig
+from cache_builder.engines.base import EngineConfig
 from cache_builder.engines.generating import Generation, Generator, Prompt
+from cache_builder.engines.interface import Engine
 from cache_builder.pipeline import WRITERS, BackgroundWriter, Job, OpenShard, finished_shards, windows_of_shard
 from cache_builder.progress import Progress, Work
 from cache_builder.prompts import prompt_ids, prompt_text, turns_of
