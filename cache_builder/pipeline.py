@@ -18,6 +18,7 @@ from storage_specs.document import CachedDocument, Document
 
 Job = tuple[int, Sequence[Document]]  # a shard's number and its documents
 WRITERS = 4
+COMMITTING = 2  # writers beyond the encoders' number, so that none of these waits for the disk
 # Beside those being written; each holds its rows (about 200 MB for half a million, k = 64).
 SHARDS_WAITING = 2
 

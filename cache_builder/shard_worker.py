@@ -19,7 +19,15 @@ from cache_builder.engines import gpu_count, make_engine
 from cache_builder.engines.base import EngineConfig
 from cache_builder.engines.generating import Generation, Generator, Prompt
 from cache_builder.engines.interface import Engine
-from cache_builder.pipeline import WRITERS, BackgroundWriter, Job, OpenShard, finished_shards, windows_of_shard
+from cache_builder.pipeline import (
+    COMMITTING,
+    WRITERS,
+    BackgroundWriter,
+    Job,
+    OpenShard,
+    finished_shards,
+    windows_of_shard,
+)
 from cache_builder.progress import Progress, Work
 from cache_builder.prompts import prompt_ids, prompt_text, turns_of
 from cache_builder.rows import Cutter
@@ -91,7 +99,7 @@ class ShardWorker:
             return
         encode = self.encoders  # started while the engine loads
         write = partial(self.writer.write_shard, drift=self.drift(first), encode=encode)
-        writers = WRITERS if encode is None else encode.size
+        writers = WRITERS if encode is None else encode.size + COMMITTING
         with BackgroundWriter(write, lambda: done(*written.popleft()), writers) as writing:
             for opened, cached in self.finished(chain([first], jobs), progress):
                 written.append((opened.shard, opened.work))

@@ -132,17 +132,33 @@ class Bench:
             arguments={"load_format": "dummy"} | dict(engine_argument(item) for item in arguments.engine),
         )
         self.engine = VllmEngine(self.config)
-        self.engine.load()  # for the largest k: vLLM refuses more later
-        self.prompts = RandomPrompts(arguments.prompts, arguments.length, shape["vocab_size"])
         words = [b"%d" % number for number in range(shape["vocab_size"])]
         self.vocabulary = Vocabulary(token_bytes=words, special_roles={})
-        self.settings: dict[tuple[str, int], CacheSettings] = {}
-        self.encoders: dict[tuple[str, int], ShardEncoders] = {}
+        cases = [(route, k) for route in arguments.routes.split(",") if "disk" in route for k in arguments.k]
+        self.settings = {case: self.settings_of(*case) for case in cases}
+        self.encoders = {  # they start while the engine loads, as in a build
+            case: ShardEncoders(settings, arguments.encoders)
+            for case, settings in self.settings.items()
+            if arguments.encoders
+        }
+        self.engine.load()  # for the largest k: vLLM refuses more later
+        self.prompts = RandomPrompts(arguments.prompts, arguments.length, shape["vocab_size"])
+
+    def settings_of(self, route: str, k: int) -> CacheSettings:
+        edges = self.edges(route, k)
+        return CacheSettings(
+            teacher={}, tokenizer={}, chat_template=None, engine=self.engine.describe(), windows={}, k=k,
+            k_ids=min(16, k), vocab_size=self.config.vocab_size, store=self.arguments.store,
+            profile=self.arguments.sketch_profile if edges else self.arguments.profile,
+            parameters={"rank_edges": list(edges)} if edges else {}, vocabulary=self.vocabulary,
+        )  # fmt: skip
+
+    def edges(self, route: str, k: int) -> tuple[int, ...] | None:
+        sketch = route.startswith("sketch")
+        return tuple(log_rank_edges(k, self.config.vocab_size, BINS).tolist()) if sketch else None
 
     def seconds(self, route: str, k: int, documents: list[Document]) -> float:
-        sketch = route.startswith("sketch")
-        edges = tuple(log_rank_edges(k, self.config.vocab_size, BINS).tolist()) if sketch else None
-        self.engine.config = replace(self.config, k=k, rank_edges=edges)
+        self.engine.config = replace(self.config, k=k, rank_edges=self.edges(route, k))
         self.engine.start_capture()
         name = {"sketch-disk": "disk", "sketch": "rows"}.get(route, route)
         return {"prefill": self.prefill, "rows": self.rows, "disk": self.disk, "flat": self.flat, "dicts": self.dicts}[
@@ -165,26 +181,18 @@ class Bench:
         return self._drain(documents, lambda windows: self.engine.stream(windows, lambda *_: None, dicts))
 
     def disk(self, documents: list[Document]) -> float:
-        """What a build does from its windows to its manifest; the encoders are there before, as in a build."""
+        """What a build does from its windows to its manifest."""
         output, config = self.folder / "cache", self.engine.config
         shutil.rmtree(output, ignore_errors=True)
-        profile = self.arguments.sketch_profile if config.rank_edges else self.arguments.profile
-        settings = CacheSettings(
-            teacher={}, tokenizer={}, chat_template=None, engine=self.engine.describe(), windows={}, k=config.k,
-            k_ids=min(16, config.k), vocab_size=config.vocab_size, store=self.arguments.store, profile=profile,
-            parameters={"rank_edges": list(config.rank_edges)} if config.rank_edges else {},
-            vocabulary=self.vocabulary,
-        )  # fmt: skip
-        settings = self.settings.setdefault((profile, config.k), settings)
+        case = "sketch-disk" if config.rank_edges else "disk", config.k
         recipe = Recipe(
-            output=output, settings=settings, plan=make_plan(documents, self.arguments.documents_per_shard),
-            engine="vllm", engine_config=config, cutter=self.prompts, encoders=self.arguments.encoders,
+            output=output, settings=self.settings[case],
+            plan=make_plan(documents, self.arguments.documents_per_shard), engine="vllm", engine_config=config,
+            cutter=self.prompts, encoders=self.arguments.encoders,
         )  # fmt: skip
         worker = ShardWorker(recipe, self.engine)
-        if self.arguments.encoders:
-            if (profile, config.k) not in self.encoders:
-                self.encoders[profile, config.k] = ShardEncoders(settings, self.arguments.encoders)
-            worker.encoders = self.encoders[profile, config.k]
+        if self.encoders:
+            worker.encoders = self.encoders[case]
         jobs = [(shard, [documents[number] for number in members]) for shard, members in enumerate(recipe.plan.shards)]
         started = time.perf_counter()
         worker.run(jobs, lambda *_: None, Progress(0, 0, 0))
@@ -252,6 +260,7 @@ def _row(
         "ratio_median": round(float(np.median(ratios)), 4),
         "store": arguments.store if "disk" in route else "",
         "encoders": arguments.encoders if "disk" in route else "",
+        "documents_per_shard": arguments.documents_per_shard if "disk" in route else "",
     }
 
 

@@ -6,7 +6,8 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TypeVar
@@ -91,11 +92,26 @@ class LocalObjects(Objects):
                     yield name, size
 
     def write_all(self, contents: Mapping[str, bytes]) -> None:
-        folders: set[Path] = set()
-        for name, data in contents.items():
+        with self.staged(contents) as publish:
+            publish()
+
+    @contextmanager
+    def staged(self, contents: Mapping[str, bytes]) -> Iterator[Callable[[], None]]:
+        """The bytes are on disk, under other names, when it yields."""
+        folders = self._make_folder(self.root)
+        with ExitStack() as stack:
+            written = {
+                name: stack.enter_context(self._written(data, self.root / name)) for name, data in contents.items()
+            }
+            yield partial(self._publish, written, folders)
+
+    def _publish(self, written: Mapping[str, Path], folders: set[Path]) -> None:
+        """Give temporary files their names, for good. folders: more to be synced."""
+        folders = set(folders)
+        for name, temporary in written.items():
             target = self.root / name
             folders |= self._make_folder(target.parent)
-            with self._written(data, target) as temporary:
+            with writing(target):
                 os.replace(temporary, target)
             folders.add(target.parent)
         for folder in sorted(folders):

@@ -8,7 +8,9 @@ import math
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from storage_specs.errors import ConfigError, MalformedObjectError, MissingObjectError, SizeMismatchError
@@ -60,6 +62,14 @@ class Objects(ABC):
     @abstractmethod
     def write_all(self, contents: Mapping[str, bytes]) -> None:
         """Write objects, each atomically, replacing what was there. Raises StorageFullError, OutputFolderError."""
+
+    @contextmanager
+    def staged(self, contents: Mapping[str, bytes]) -> Iterator[Callable[[], None]]:
+        """`write_all` in two steps, the slow one now and the other when what this yields is called, inside the block.
+
+        Without that call nothing was written. Raises as `write_all`, in either step.
+        """
+        yield partial(self.write_all, contents)  # an object store has no step that could be done before
 
     @abstractmethod
     def create(self, name: str, data: bytes) -> bool:

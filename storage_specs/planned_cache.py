@@ -111,7 +111,9 @@ class PlannedCache:
         Raises ConfigError (a finished cache), CacheMismatchError, StorageFullError (what was written of the shard is
         removed again).
         """
-        self._commit(record, contents, lambda: self.objects.write_all(contents))
+        self._check_open(record.shard, finished=self._was_finished)
+        with self.objects.staged(contents) as publish:  # beside others: only names are given in our turn
+            self._commit(record, contents, publish)
 
     def link_shard(self, record: ShardRecord, source: Objects, names: Mapping[str, StoredObject]) -> None:
         """Take over one shard's objects from another cache: {name here: the object there}. Raises as `commit_shard`."""
@@ -150,16 +152,29 @@ class PlannedCache:
                 raise
 
     def _written_meanwhile(self, shard: int) -> bool:
-        """Whether a shard that was missing stands now, with a record of this build that verifies."""
+        """Whether a shard that was missing stands now, with a record of this build that verifies.
+
+        Only its first record is looked for: later ones are repairs', of finished caches. To list what is there would
+        make every commit slower than the one before.
+        """
         if self._was_finished or shard in self._records or not 0 <= shard < len(self.plan.shards):
             return False
-        return shard not in self.missing_shards([shard])
+        if self.manifest is not None:
+            return not self.missing_shards([shard])
+        doc_ids = self.plan.doc_ids_of(shard)
+        record = newest_record(self.objects, shard, self.config_digest, doc_ids, [0])
+        if record is not None:
+            self._records[shard] = record
+        return record is not None
+
+    def _check_open(self, shard: int, *, finished: bool) -> None:
+        if not 0 <= shard < len(self.plan.shards):
+            raise ConfigError(f"shard {shard} is not in the plan, which has {len(self.plan.shards)}")
+        if finished:
+            raise ConfigError(f"{self.objects.place} is finished; a finished cache is never written to")
 
     def _make_room(self, record: ShardRecord) -> None:
-        if not 0 <= record.shard < len(self.plan.shards):
-            raise ConfigError(f"shard {record.shard} is not in the plan, which has {len(self.plan.shards)}")
-        if self.manifest is not None:
-            raise ConfigError(f"{self.objects.place} is finished; a finished cache is never written to")
+        self._check_open(record.shard, finished=self.manifest is not None)
         self.claim()
         self._records.pop(record.shard, None)
         self.objects.delete(record.name)  # from here on the shard counts as missing, until its new record stands

@@ -20,7 +20,7 @@ def bytes_per_row(vocab_size: int, k: int, bins: int) -> int:
     the rows that come out. The torch edition takes several times that (it sorts); it is for the CPU."""
     groups = -(-vocab_size // group_size(vocab_size, k))
     candidates = 2 * (1 << (k - 1).bit_length())
-    logits, kernels = vocab_size, groups + 3 + k + candidates + k + (HISTOGRAM_STEPS if bins else 0)
+    logits, kernels = vocab_size, groups + 4 + k + candidates + k + (HISTOGRAM_STEPS if bins else 0)
     return 4 * (logits + kernels + (1 + k + bins) + k)
 
 

@@ -185,6 +185,8 @@ class VllmEngine:
         """The `vllm.LLM`, loaded by the first call. Raises EngineError, DeviceMemoryError."""
         if self._llm is None:
             os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+            # A fork of a process that has asked for its GPUs cannot use them, nor can one inherit our threads.
+            os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
             from vllm import LLM
 
             try:

@@ -65,8 +65,10 @@ def test_memory_is_bounded_at_the_largest_vocabulary() -> None:
 
 ENGINE = """
 import pickle, sys
+from cache_builder.engines import gpu_count
 from cache_builder.engines.vllm import VllmEngine
 if __name__ == "__main__":
+    assert gpu_count()  # as a build does before: a process forked after this could not use CUDA
     config, windows, cases = pickle.loads(open(sys.argv[1], "rb").read())
     engine = VllmEngine(config)
     rows, flat = list(engine.score(iter(windows))), list(engine.score_flat(windows))

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,3 +134,39 @@ def test_a_folder_that_others_sweep_all_the_time_is_written_to(tmp_path: Path) -
         sweeper.kill()
         sweeper.communicate()
     assert len(list(objects.list())) == 1000
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_commit_lists_nothing(tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listing takes longer with every shard that is there: a build of many would slow down more and more."""
+    documents = some_documents(12)
+    writer = CacheWriter(tmp_path / "cache", some_settings(store=store), make_plan(documents, 4))
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalObjects, "list", None)
+        for shard in range(3):
+            writer.write_shard(shard, documents[4 * shard : 4 * shard + 4])
+    writer.finalize()
+    assert verify_cache(tmp_path / "cache").ok
+
+
+def test_others_commit_while_a_shard_goes_to_a_slow_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = some_documents(8)
+    writer = CacheWriter(tmp_path / "cache", some_settings(), make_plan(documents, 4))
+    waiting, free, sync = threading.Event(), threading.Event(), os.fsync
+
+    def slow_sync(descriptor: int) -> None:
+        if threading.current_thread().name == "slow":
+            waiting.set()
+            assert free.wait(60)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow_sync)
+    slow = threading.Thread(target=writer.write_shard, args=(0, documents[:4]), name="slow")
+    slow.start()
+    assert waiting.wait(60)
+    writer.write_shard(1, documents[4:])  # would wait for ever for its turn, were it not free
+    assert writer.absent_shards() == 1
+    free.set()
+    slow.join()
+    writer.finalize()
+    assert verify_cache(tmp_path / "cache").ok
