@@ -122,3 +122,10 @@ def test_evaluation_goes_on_with_smaller_batches(cache_path, student_path, tmp_p
     found, whole = ((tmp_path / f"{name}.json.predictions" / "s.jsonl").read_text() for name in ("e", "whole"))
     assert found.splitlines()[: len(answered)] == answered
     assert sorted(found.splitlines()[1:]) == sorted(whole.splitlines()[1:])
+
+
+def test_a_review_names_what_did_not_fit(cache_path, student_path, tmp_path, small):
+    small["rows"] = 0
+    flags = ["review", "--cache", str(cache_path), "--model", f"s={student_path}", "--max_length", "48"]
+    with pytest.raises(DeviceMemoryError, match=r"^model s, 8 windows of at most 48 .*try a smaller --batch_size"):
+        main([*flags, "--output_file", str(tmp_path / "sheet.csv")])
