@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from cache_builder.engines.base import EngineConfig, WindowScores, check_window, ordered_scores, window_scores
+from cache_builder.engines.child_errors import ChildErrors
 from cache_builder.engines.generating import Generator
 from cache_builder.engines.vllm_capture import EXTENSION, keep_arrays, version_problem
 from cache_builder.engines.vllm_failures import failure
@@ -86,6 +87,7 @@ class VllmEngine:
         self.arguments["hf_overrides"] = {"head_dtype": "float32"} | (self.arguments.get("hf_overrides") or {})
         self.flat_reason = version_problem(self.version)
         self._llm: Any = None
+        self._errors: ChildErrors | None = None
         self._requests = 0
 
     def describe(self) -> dict[str, Any]:
@@ -133,6 +135,7 @@ class VllmEngine:
         if self._llm is not None:
             llm, self._llm = self._llm, None
             llm.llm_engine.engine_core.shutdown()
+            self._errors.close()
 
     @property
     def is_loaded(self) -> bool:
@@ -189,21 +192,24 @@ class VllmEngine:
             os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
             from vllm import LLM
 
-            try:
-                self._llm = LLM(
-                    model=self.config.model,
-                    dtype=self.config.dtype,
-                    max_model_len=self.config.max_model_len,
-                    max_logprobs=self.config.k,
-                    logprobs_mode="raw_logprobs",
-                    enable_prefix_caching=False,
-                    skip_tokenizer_init=True,
-                    worker_extension_cls=EXTENSION,
-                    **_off("enable_batch_sharded_sampling"),
-                    **self.arguments,
-                )
-            except Exception as error:  # pydantic, CUDA, memory: all of them mean that the engine did not start
-                raise failure(f"teacher {self.config.model}: vLLM cannot load it", error, self.arguments) from error
+            self._errors = ChildErrors()
+            with self._errors:
+                try:
+                    self._llm = LLM(
+                        model=self.config.model,
+                        dtype=self.config.dtype,
+                        max_model_len=self.config.max_model_len,
+                        max_logprobs=self.config.k,
+                        logprobs_mode="raw_logprobs",
+                        enable_prefix_caching=False,
+                        skip_tokenizer_init=True,
+                        worker_extension_cls=EXTENSION,
+                        **_off("enable_batch_sharded_sampling"),
+                        **self.arguments,
+                    )
+                except Exception as error:  # pydantic, CUDA, memory: all of them mean that the engine did not start
+                    what = f"teacher {self.config.model}: vLLM cannot load it"
+                    raise failure(what, error, self.arguments, self._errors.text()) from error
             if self.flat_reason is None:
                 self.start_capture()
         return self._llm
@@ -213,7 +219,8 @@ class VllmEngine:
         try:
             return method(*arguments)
         except Exception as error:  # the engine's process died, ran out of memory, or refused the request
-            raise failure(f"teacher {self.config.model}: vLLM failed", error, self.arguments) from error
+            printed = self._errors.text()
+            raise failure(f"teacher {self.config.model}: vLLM failed", error, self.arguments, printed) from error
 
     def start_capture(self) -> None:
         """Hook the worker for `config`'s k and rank edges; `flat_reason` says why not, where that fails."""
