@@ -39,6 +39,12 @@ class DistillationConfig(TrainingArguments):
             "help": "every N steps: the teacher's gradients against CE's, and what both do to held-out text (0 = never)"
         },
     )
+    look_ahead_steps: int = field(
+        default=0,
+        metadata={
+            "help": "at each evaluation, try so many steps of CE alone beside as many of the mixture (0 = never; try 4)"
+        },
+    )
     max_eval_documents: int | None = field(
         default=None, metadata={"help": "--eval_steps scores the first N held-out documents; default all"}
     )
@@ -134,6 +140,13 @@ class DistillationConfig(TrainingArguments):
             raise ConfigError(f"likelihood_temperature is {self.likelihood_temperature}: must be finite and above 0")
         if self.probe_steps < 0:
             raise ConfigError(f"probe_steps is {self.probe_steps}: must not be negative (0 = never)")
+        if self.look_ahead_steps < 0:
+            raise ConfigError(f"look_ahead_steps is {self.look_ahead_steps}: must not be negative (0 = never)")
+        if self.look_ahead_steps and self.eval_strategy == "no":
+            raise ConfigError(
+                f"look_ahead_steps is {self.look_ahead_steps}, but eval_strategy is 'no', and a look-ahead is part of "
+                "an evaluation: add --eval_strategy steps --eval_steps N, or leave it out"
+            )
         if self.max_eval_documents is not None and self.max_eval_documents < 1:
             raise ConfigError(f"max_eval_documents is {self.max_eval_documents}: must be at least 1")
         if self.align not in MODES:

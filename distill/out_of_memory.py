@@ -18,7 +18,7 @@ SMALLER = (
     "half the --per_device_train_batch_size with twice the --gradient_accumulation_steps (still the same run), "
     "--gradient_checkpointing (too), or in a new --output_dir --bf16, --use_peft or a smaller --max_length"
 )
-SMALLER_EVALUATION = "a smaller --per_device_eval_batch_size"
+SMALLER_EVALUATION = "a smaller --per_device_eval_batch_size, or no --look_ahead_steps"
 NAMED = 8  # documents
 
 

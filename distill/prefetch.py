@@ -7,6 +7,7 @@ Threads and no processes: a fork would copy the locks of object-store clients an
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Generic, TypeVar
@@ -39,11 +40,24 @@ class Prefetched(Iterator[Made], Generic[Item, Made]):
         self._ordered: queue.SimpleQueue[Future[Made]] = queue.SimpleQueue()
         self._ended = False  # by the source, an error or `close`: nothing more is begun
         self._last: Future[Made] | None = None
+        self._peeked: deque[Made] = deque()
         self._threads = [threading.Thread(target=self._run, name="prefetch", daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
 
     def __next__(self) -> Made:
+        return self._peeked.popleft() if self._peeked else self._taken()
+
+    def peek(self, count: int) -> list[Made]:
+        """What will be asked for next, at most `count` of it; it is kept, beside the `ahead`, until it is asked for."""
+        try:
+            while len(self._peeked) < count:
+                self._peeked.append(self._taken())
+        except StopIteration:
+            pass
+        return list(self._peeked)[:count]
+
+    def _taken(self) -> Made:
         began = time.perf_counter()
         future = self._last or self._ordered.get()
         error = future.exception()

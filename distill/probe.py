@@ -13,6 +13,7 @@ of CE (c), of each loss of the teacher's (k), of the whole mixture (m), and of C
 A mixture that gains less than CE alone makes held-out CE worse than CE alone would, at this point and to first order:
 momentum, Adam's scaling and what a teacher's regularisation brings over many epochs are not seen. One micro-batch is
 noisy, so a warning takes several probes: CE's lead must be 2.5 standard errors and more than a twentieth of its gain.
+Real steps see more (`distill.look_ahead`), and where they are taken only they warn.
 A run with probes takes the same steps as one without: random states and gradients are left as they were.
 Cost of a probe: as many forward and backward passes as there are losses, and two; memory: two more gradients.
 """
@@ -27,7 +28,7 @@ import torch
 
 from distill.collator import Batch
 
-__all__ = ["GradientProbe", "HarmWatch", "gradients_of"]
+__all__ = ["GradientProbe", "HarmWatch", "gradients_of", "random_states_kept"]
 
 Gradient = list[torch.Tensor]
 
@@ -76,7 +77,7 @@ def gradients_of(loss: Callable[[], torch.Tensor], parameters: Sequence[torch.nn
     before = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
-    with _random_states_kept(parameters):
+    with random_states_kept(parameters):
         value = loss()
         value.backward()
     found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -86,7 +87,7 @@ def gradients_of(loss: Callable[[], torch.Tensor], parameters: Sequence[torch.nn
 
 
 @contextmanager
-def _random_states_kept(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+def random_states_kept(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
     """Dropout draws the same numbers in every pass, and the run's own go on where they were."""
     devices = {parameter.device for parameter in parameters if parameter.is_cuda}
     with torch.random.fork_rng(devices=list(devices)):

@@ -30,18 +30,29 @@ class Stream:
 
     def at(self, step: int, stop: int) -> Prefetched[list[CachedDocument], Batch]:
         """From which the micro-batches of `step` are to be taken, all of them; they go on until step `stop`."""
-        if self._prefetched is None or self._next_step != step:
-            self.close()
-            documents = map(self.documents.__getitems__, self.batches.of_steps(step, stop))
-            self._prefetched = Prefetched(documents, self._batch, threads=self.threads)
+        prefetched = self._from(step, stop)
         self._next_step = step + 1
-        return self._prefetched
+        return prefetched
+
+    def peek(self, step: int, stop: int, steps: int) -> list[list[Batch]]:
+        """The micro-batches of so many steps from `step` on, fewer before `stop`; `at` gives them again. Raises what
+        preparing them raises, and so does `at` in its turn."""
+        micro_batches = self.batches.shape[0]
+        found = self._from(step, stop).peek(steps * micro_batches)
+        return [found[first : first + micro_batches] for first in range(0, len(found), micro_batches)]
 
     def close(self) -> None:
         """End the threads, and forget what they prepared."""
         if self._prefetched is not None:
             self._prefetched.close()
             self._prefetched = None
+
+    def _from(self, step: int, stop: int) -> Prefetched[list[CachedDocument], Batch]:
+        if self._prefetched is None or self._next_step != step:
+            self.close()
+            documents = map(self.documents.__getitems__, self.batches.of_steps(step, stop))
+            self._prefetched, self._next_step = Prefetched(documents, self._batch, threads=self.threads), step
+        return self._prefetched
 
     def _batch(self, documents: Sequence[CachedDocument]) -> Batch:
         batch = self.collate(documents)

@@ -36,8 +36,8 @@ NOT_THE_RUN = re.compile(
     "save_.*|enable_jit_checkpoint|resume_from_checkpoint|restore_callback_states_from_checkpoint|push_to_hub|hub_.*|"
     "eval_.*|per_device_eval_batch_size|prediction_loss_only|include_.*|batch_eval_metrics|load_best_model_at_end|"
     "metric_for_best_model|greater_is_better|do_.*|dataloader_(?!drop_last).*|on_corrupt|accept_repaired|"
-    "gradient_checkpointing.*|torch_empty_cache_steps|max_eval_documents|probe_steps|use_cpu|local_rank|ddp_.*|"
-    "average_tokens_across_devices|per_device_train_batch_size|gradient_accumulation_steps"
+    "gradient_checkpointing.*|torch_empty_cache_steps|max_eval_documents|probe_steps|look_ahead_steps|use_cpu|"
+    "local_rank|ddp_.*|average_tokens_across_devices|per_device_train_batch_size|gradient_accumulation_steps"
 )
 
 

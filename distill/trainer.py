@@ -30,6 +30,7 @@ from distill.encoder_decoder import decoder_start_of
 from distill.finite import FiniteLosses
 from distill.head import picked_logits
 from distill.held_out import held_out_documents, held_out_figures
+from distill.look_ahead import check_look_ahead, look_ahead, look_ahead_warning
 from distill.mixed_precision import keep_output_dtype
 from distill.out_of_memory import SMALLER, SMALLER_EVALUATION, in_memory, micro_batch
 from distill.packing import check_packing
@@ -50,10 +51,10 @@ class CachedDistillationTrainer(Trainer):
 
     CE is divided by its labels, each teacher's loss by its compared rows or chunks, all counted over all micro-batches
     and ranks of a step before the first backward; with `loss_normalization="samples"` all are means of documents'
-    means. Each term is logged apart, with the compared fractions; `probe_steps` adds gradients (`distill.probe`).
-    `evaluate` measures bits per byte of the held-out documents (`eval_dataset`, by default the cache's). `run` says
-    what makes this run itself (cache_id and excluded documents are added): checkpoints record it, and one of another
-    run is refused.
+    means. Each term is logged apart, with the compared fractions; `probe_steps` adds gradients (`distill.probe`),
+    `look_ahead_steps` what CE alone would do (`distill.look_ahead`). `evaluate` measures bits per byte of the held-out
+    documents (`eval_dataset`, by default the cache's). `run` says what makes this run itself (cache_id and excluded
+    documents are added): checkpoints record it, and one of another run is refused.
 
     Takes what `transformers.Trainer` takes, without the arguments that say where data and losses come from. Raises
     TokenizerError, ConfigError, AlignmentError (nothing to compare), CheckpointError, NonFiniteLossError and
@@ -92,6 +93,9 @@ class CachedDistillationTrainer(Trainer):
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
+        if args.look_ahead_steps:
+            check_look_ahead(args, self.accelerator)
+        self.is_looking_ahead = False
         # The loss is divided by counts of the whole step: nothing is left for Trainer to divide by.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -171,9 +175,8 @@ class CachedDistillationTrainer(Trainer):
 
     def _stop_without_batches(self, failure: TeachOnceError | None) -> None:
         """Keep what was learned, then raise; failure: this rank's, or None where it was another's."""
-        step = self.state.global_step
         self.save_last_step()
-        after = f"training stopped after step {step}, from which the same command resumes"
+        after = f"training stopped after step {self.state.global_step}, from which the same command resumes"
         if failure is None:
             raise CorruptCacheError(f"another process could not read its documents (its error says why); {after}")
         if isinstance(failure, CorruptCacheError):
@@ -189,7 +192,9 @@ class CachedDistillationTrainer(Trainer):
     # ---- loss
 
     def training_step(self, model: torch.nn.Module, inputs: Batch, *arguments: Any, **options: Any) -> torch.Tensor:
-        """Trainer's. Raises DeviceMemoryError."""
+        """Trainer's. Raises DeviceMemoryError; in a look-ahead what torch raises, until everything is put back."""
+        if self.is_looking_ahead:
+            return super().training_step(model, inputs, *arguments, **options)
         with in_memory(self, micro_batch(inputs, self.state.global_step), SMALLER):
             return super().training_step(model, inputs, *arguments, **options)
 
@@ -203,8 +208,9 @@ class CachedDistillationTrainer(Trainer):
         """This micro-batch's share of the step's loss (all of it where `num_items_in_batch` is None)."""
         terms = self._terms(model, inputs, num_items_in_batch)
         loss = (self._sent(self.step_loss.term_weights) * terms).sum()
-        self.finite.watch(loss, terms, self.step_loss.names, inputs["doc_ids"], self.state.global_step)
-        self.step_log.add_terms(terms)
+        if not self.is_looking_ahead:
+            self.finite.watch(loss, terms, self.step_loss.names, inputs["doc_ids"], self.state.global_step)
+            self.step_log.add_terms(terms)
         # DDP and FSDP average gradients over ranks, and the divisor is of all ranks already.
         loss = loss * self.accelerator.num_processes
         return (loss, {"terms": terms.detach()}) if return_outputs else loss
@@ -241,9 +247,12 @@ class CachedDistillationTrainer(Trainer):
         held_out = self.data_collator([self.eval_dataset[n] for n in sorted(numbers)])
         found = probe.measure(batch, held_out)
         self.log(found)
-        harm = self.harm_watch.add(found)
-        if harm is not None and self.is_world_process_zero():
-            print(warning(harm, self.args.loss, self.args.learning_rate), file=sys.stderr, flush=True)
+        harm = None if self.args.look_ahead_steps else self.harm_watch.add(found)
+        self._warn(harm and warning(harm, self.args.loss, self.args.learning_rate))
+
+    def _warn(self, line: str | None) -> None:
+        if line and self.is_world_process_zero():
+            print(line, file=sys.stderr, flush=True)
 
     def evaluate(
         self,
@@ -256,11 +265,14 @@ class CachedDistillationTrainer(Trainer):
         Raises AlignmentError where there are none, or no bytes that both score.
         """
         documents = eval_dataset or self.eval_dataset or held_out_documents(self.train_dataset.cache)
-        size = self.args.per_device_eval_batch_size
-        with in_memory(self, f"held-out documents, {size} x {self.args.max_length} tokens", SMALLER_EVALUATION):
+        at_a_time = f"held-out documents, {self.args.per_device_eval_batch_size} x {self.args.max_length} tokens"
+        with in_memory(self, at_a_time, SMALLER_EVALUATION):
             found = held_out_figures(self.model, self.processing_class, documents, self.args, self.accelerator)
+            if self.args.look_ahead_steps and self.args.mixture.of_teacher and self.is_in_train:
+                found |= look_ahead(self, documents)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
+        self._warn(look_ahead_warning(self.state.log_history, self.args.mixture))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -283,9 +295,8 @@ class CachedDistillationTrainer(Trainer):
             replaced = self.train_dataset.cache.manifest.replaces if self.args.accept_repaired else ()
             check_checkpoint(Path(resume_from_checkpoint), self.run, replaced)
         if self.args.mixture.of_teacher and self.comparison is None:
-            self.comparison = compare(
-                self.train_dataset.sample(SAMPLE_DOCUMENTS, self.args.on_corrupt == "quarantine"), self.data_collator
-            )
+            sample = self.train_dataset.sample(SAMPLE_DOCUMENTS, self.args.on_corrupt == "quarantine")
+            self.comparison = compare(sample, self.data_collator)
         try:
             with in_memory(self, "the optimizer, or what is beside the model", SMALLER, whole=False):
                 output = super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **options)

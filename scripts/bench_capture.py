@@ -181,7 +181,7 @@ class Bench:
         return self._drain(documents, lambda windows: self.engine.stream(windows, lambda *_: None, dicts))
 
     def disk(self, documents: list[Document]) -> float:
-        """What a build does from its windows to its manifest."""
+        """What a build does from its windows to its manifest; its place is looked at before the engine loads."""
         output, config = self.folder / "cache", self.engine.config
         shutil.rmtree(output, ignore_errors=True)
         case = "sketch-disk" if config.rank_edges else "disk", config.k
@@ -194,9 +194,10 @@ class Bench:
         if self.encoders:
             worker.encoders = self.encoders[case]
         jobs = [(shard, [documents[number] for number in members]) for shard, members in enumerate(recipe.plan.shards)]
+        writer = worker.writer
         started = time.perf_counter()
         worker.run(jobs, lambda *_: None, Progress(0, 0, 0))
-        worker.writer.finalize()
+        writer.finalize()
         return time.perf_counter() - started
 
     def close(self) -> None:

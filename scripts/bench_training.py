@@ -20,7 +20,6 @@ medians.
 """
 
 import argparse
-import csv
 import platform
 import statistics
 import sys
@@ -35,6 +34,7 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
+from result_table import ResultTable, markdown, read_rows
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback
 
 from distill import CachedDistillationTrainer, CachedDocuments, DistillationConfig
@@ -43,10 +43,6 @@ from storage_specs.document import CachedDocument
 from storage_specs.vocabulary import Vocabulary, tokenizer_digest
 
 RESULTS = Path(__file__).parent / "results" / "training.csv"
-FIELDS = ("shape", "arm", "documents", "max_length", "tokens_per_step", "median_ms", "p10_ms", "p90_ms", "steps")
-FIELDS += ("of_stock", "of_ce", "tokens_per_second", "data_wait")
-FIELDS += ("data_wait_median", "data_wait_p99", "peak_gib", "rows_per_shard", "threads", "cache", "machine")
-FIELDS += ("torch", "transformers", "triton", "python", "date")
 ARMS = {
     "stock": None,
     "ce": "ce:1",
@@ -357,36 +353,60 @@ def _with_rows(document: Any, teacher: Any, vocab_size: int, random: np.random.G
 def report(bench: Bench, timings: dict[str, Timings], results: Path, cache: str, rows_per_shard: int) -> None:
     """Print and append what was found."""
     medians = {arm: statistics.median(found.step_ms) for arm, found in timings.items()}
-    machine = torch.cuda.get_device_name() if bench.device == "cuda" else f"CPU {platform.machine()}"
-    new = not results.exists()
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(FIELDS)
-        for arm, found in timings.items():
-            times, median = sorted(found.step_ms), medians[arm]
-            p10, p90 = times[len(times) // 10], times[-1 - len(times) // 10]
-            waits = found.data_waits
-            said = "-" if waits is None else "{:.2%} (a step: median {:.2%}, p99 {:.2%})".format(*waits)
-            speed, of_stock, of_ce = bench.tokens / median * 1000, median / medians["stock"], median / medians["ce"]
-            print(
-                f"{bench.name:8s} {arm:14s} {median:9.2f} ms  [{p10:.2f}, {p90:.2f}]  {of_stock:.3f} of stock  "
-                f"{of_ce:.3f} of ce  {speed:9.0f} tok/s  data wait {said}  {found.peak_gib:.2f} GiB",
-                flush=True,
-            )
-            writer.writerow(
-                [
-                    *(bench.name, arm, bench.shape.documents, bench.shape.max_length, f"{bench.tokens:.0f}"),
-                    *(f"{median:.3f}", f"{p10:.3f}", f"{p90:.3f}", len(times)),
-                    *(f"{of_stock:.4f}", f"{of_ce:.4f}", f"{speed:.0f}"),
-                    *(("", "", "") if waits is None else (f"{wait:.5f}" for wait in waits)),
-                    f"{found.peak_gib:.3f}",
-                    *(rows_per_shard, bench.options.threads, cache, machine),
-                    *(torch.__version__, transformers.__version__, _triton_version()),
-                    *(platform.python_version(), time.strftime("%Y-%m-%d")),
-                ]
-            )
+    rows = []
+    for arm, found in timings.items():
+        times, median = sorted(found.step_ms), medians[arm]
+        p10, p90 = times[len(times) // 10], times[-1 - len(times) // 10]
+        waits = found.data_waits
+        said = "-" if waits is None else "{:.2%} (a step: median {:.2%}, p99 {:.2%})".format(*waits)
+        speed, of_stock, of_ce = bench.tokens / median * 1000, median / medians["stock"], median / medians["ce"]
+        print(
+            f"{bench.name:8s} {arm:14s} {median:9.2f} ms  [{p10:.2f}, {p90:.2f}]  {of_stock:.3f} of stock  "
+            f"{of_ce:.3f} of ce  {speed:9.0f} tok/s  data wait {said}  {found.peak_gib:.2f} GiB",
+            flush=True,
+        )
+        shares = ("", "", "") if waits is None else tuple(f"{wait:.5f}" for wait in waits)
+        rows.append(
+            {
+                "shape": bench.name,
+                "arm": arm,
+                "documents": bench.shape.documents,
+                "max_length": bench.shape.max_length,
+                "tokens_per_step": f"{bench.tokens:.0f}",
+                "median_ms": f"{median:.3f}",
+                "p10_ms": f"{p10:.3f}",
+                "p90_ms": f"{p90:.3f}",
+                "steps": len(times),
+                "of_stock": f"{of_stock:.4f}",
+                "of_ce": f"{of_ce:.4f}",
+                "tokens_per_second": f"{speed:.0f}",
+                **dict(zip(("data_wait", "data_wait_median", "data_wait_p99"), shares, strict=True)),
+                "peak_gib": f"{found.peak_gib:.3f}",
+                "rows_per_shard": rows_per_shard,
+                "threads": bench.options.threads,
+                "cache": cache,
+                "machine": torch.cuda.get_device_name() if bench.device == "cuda" else f"CPU {platform.machine()}",
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "triton": _triton_version(),
+                "python": platform.python_version(),
+                "date": time.strftime("%Y-%m-%d"),
+            }
+        )
+    ResultTable(results).write(rows)
+
+
+def readme_table(rows: Sequence[dict[str, str]]) -> str:
+    """The newest row of every shape and arm."""
+    newest = {(row["shape"], row["arm"]): row for row in rows}
+    lines = [
+        [row["shape"], f"`{row['arm']}`", f"{float(row['median_ms']):.0f} [{float(row['p10_ms']):.0f}, "
+         f"{float(row['p90_ms']):.0f}]", f"{float(row['of_stock']):.3f}", f"{float(row['of_ce']):.3f}",
+         f"{float(row['data_wait']):.2%}" if row["data_wait"] else "", f"{float(row['peak_gib']):.1f}", row["machine"]]
+        for row in newest.values()
+    ]  # fmt: skip
+    header = ["shape", "arm", "ms a step [p10, p90]", "of stock", "of `ce`", "waited for data", "peak GiB", "GPU"]
+    return markdown(header, lines)
 
 
 def _triton_version() -> str:
@@ -411,7 +431,11 @@ def main(arguments: Sequence[str]) -> int:
     add("--cache", type=Path, help="a cache of documents of at most 1024 tokens, instead of a made-up one")
     add("--tokenizer", help="the student's tokenizer for --cache: folder or hub name")
     add("--results", type=Path, default=RESULTS, help="CSV to append to")
+    add("--show", action="store_true", help="print the table of distill/README.md from the CSV, measure nothing")
     options = parser.parse_args(arguments)
+    if options.show:
+        print(readme_table(read_rows(options.results)))
+        return 0
     options.arms = [arm for arm in ARMS if arm in {"stock", "ce", *options.arms.split(",")}]
     began = time.perf_counter()
     names = ["tiny"] if options.tiny else options.shapes.split(",")

@@ -81,6 +81,7 @@ def train_parser() -> Parser:
     add("--eval_strategy", metavar="S", help="held-out bits per byte while training: no | steps | epoch (no)")
     add("--eval_steps", metavar="N", help="steps between two of these")
     add("--probe_steps", metavar="N", help="steps between two probes of what the teacher's losses do (0 = never)")
+    add("--look_ahead_steps", metavar="N", help="at evaluations, so many steps of CE alone against the mixture's (0)")
     add("--save_steps", metavar="N", help="steps between checkpoints (500)")
     add("--seed", metavar="N", help="decides the order of documents (42)")
     for name in EXPECTED:

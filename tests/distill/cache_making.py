@@ -97,20 +97,21 @@ def counting_text(seed: int, words: int = 24) -> str:
     return " ".join(COUNTED[place] for place in (random.integers(10) + np.cumsum(steps)) % 10)
 
 
-def write_counting_cache(path: Path, documents: Sequence[Any], tokenizer: Any, *, shuffled: bool = False) -> Path:
+def write_counting_cache(path: Path, documents: Sequence[Any], tokenizer: Any, knows: str = "odds") -> Path:
     """A cache of `counting_text`s whose teacher has the student's tokenizer and knows the odds; `shuffled`: the same
-    rows at other places of their document."""
+    rows at other places of their document; `text`: it is sure of what comes."""
     words = token_bytes(tokenizer)
     numbers = [tokenizer(f"x {word}").input_ids[-1] for word in COUNTED]
+    probs_2 = np.array([1, 0] if knows == "text" else [0.69, 0.30], dtype=np.float32)
     cached = []
     for document in documents:
         sequence = render(tokenizer, document)
         likely_T2 = []
         for before, gold in zip(sequence.ids[:-1].tolist(), sequence.ids[1:].tolist(), strict=True):
-            place = numbers.index(before) if before in numbers else None
+            place = numbers.index(before) if before in numbers and knows != "text" else None
             likely_T2.append([gold, 0] if place is None else [numbers[(place + step) % 10] for step in (1, 2)])
         ids_T2 = np.array(likely_T2, dtype=np.int64)
-        if shuffled:
+        if knows == "shuffled":
             ids_T2 = ids_T2[np.random.default_rng(0).permutation(len(ids_T2))]
         rows = len(ids_T2)
         cached.append(
@@ -123,13 +124,14 @@ def write_counting_cache(path: Path, documents: Sequence[Any], tokenizer: Any, *
                 byte_end=sequence.byte_end[1:],
                 is_end=sequence.is_end[1:],
                 gold_logprob=np.full(rows, -0.6, dtype=np.float32),
-                tail_mass=np.full(rows, 0.01, dtype=np.float32),
-                probs=np.tile(np.array([[0.69, 0.30]], dtype=np.float32), (rows, 1)),
+                tail_mass=np.full(rows, 1 - probs_2.sum(), dtype=np.float32),
+                probs=np.tile(probs_2, (rows, 1)),
                 token_ids=ids_T2,
             )
         )
     vocabulary = Vocabulary(token_bytes=words, special_roles=special_roles(tokenizer))
-    return write_rows(path, cached, tokenizer, k=2, vocab_size=len(words), vocabulary=vocabulary)
+    shape = {"k": 2, "vocab_size": len(words), "vocabulary": vocabulary, "documents_per_shard": 40}
+    return write_rows(path, cached, tokenizer, **shape)
 
 
 def write_cache(

@@ -4,8 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cache_making import tiny_student, write_cache
+from cache_making import COUNTED, counting_text, tiny_student, write_cache, write_counting_cache
 from tokenizer_assets import tokenizer_file
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from training import trainer
 from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -102,3 +107,31 @@ def prompts_path(wiki_texts, gemma_tokenizer, tmp_path_factory):
     documents = [completion_document(text[:60], text[60 : 130 + 9 * n]) for n, text in enumerate(wiki_texts[:30])]
     documents += [text_document(text[:90]) for text in wiki_texts[30:32]]
     return write_cache(tmp_path_factory.mktemp("caches") / "prompts", documents, gemma_tokenizer)
+
+
+def counting_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE in which each word of `counting_text` is a token; so small that a step takes milliseconds."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe = BpeTrainer(vocab_size=400, special_tokens=["<end>"], initial_alphabet=ByteLevel.alphabet())
+    tokenizer.train_from_iterator([f" {word}" for word in COUNTED], bpe)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<end>", eos_token="<end>", pad_token="<end>")
+
+
+@pytest.fixture(scope="session")
+def counting(tmp_path_factory) -> dict[str, Path]:
+    """Documents that count, in caches of teachers that know the odds, shuffled ones, the very text; and a student that
+    has learned by CE to."""
+    folder, tokenizer = tmp_path_factory.mktemp("counting"), counting_tokenizer()
+    documents = [text_document(counting_text(seed)) for seed in range(160)]
+    student = tiny_student(folder / "student", tokenizer)
+    caches = {
+        knows: write_counting_cache(folder / knows, documents, tokenizer, knows)
+        for knows in ("odds", "shuffled", "text")
+    }
+    options = {"loss": "ce:1", "max_steps": 34, "max_length": 96, "per_device_train_batch_size": 8}
+    one = trainer(caches["odds"], student, folder / "out", learning_rate=2e-2, **options)
+    one.train()
+    assert one.state.log_history[-2]["ce"] < 1.5
+    one.model.save_pretrained(student)
+    return caches | {"student": student}

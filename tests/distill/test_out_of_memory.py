@@ -106,6 +106,33 @@ def test_held_out_text_and_weights_that_do_not_fit(cache_path, student_path, tmp
         raise RuntimeError("else")
 
 
+def test_a_look_ahead_that_does_not_fit_is_put_back_before_anything_is_saved(
+    cache_path, student_path, tmp_path, monkeypatch
+):
+    """Its second step fails, behind one of the optimizer; the checkpoint is that of a run that never looked ahead."""
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    plain = trainer(cache_path, student_path, tmp_path / "plain", **options)
+    plain.train()
+    looking = {"eval_strategy": "steps", "eval_steps": 2, "look_ahead_steps": 2, "save_strategy": "no"}
+    one = trainer(cache_path, student_path, tmp_path / "out", **options | looking)
+    real, steps = one.compute_loss, []
+
+    def compute_loss(*arguments, **named):
+        steps.append(one.is_looking_ahead)
+        if sum(steps) == 2:
+            raise torch.OutOfMemoryError(CUDA)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(one, "compute_loss", compute_loss)
+    with pytest.raises(DeviceMemoryError, match=r"^held-out .*resumes after step 2.*no --look_ahead_steps"):
+        one.train()
+    assert steps == [False, False, True, True]
+    expected, found = (
+        LlamaForCausalLM.from_pretrained(tmp_path / name / "checkpoint-2").state_dict() for name in ("plain", "out")
+    )
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_evaluation_goes_on_with_smaller_batches(cache_path, student_path, tmp_path, small):
     """What was answered before is not asked again."""
     task = tmp_path / "task.jsonl"

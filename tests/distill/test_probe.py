@@ -5,16 +5,9 @@ import re
 
 import pytest
 import torch
-from cache_making import COUNTED, counting_text, tiny_student, write_counting_cache
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
 from training import trainer, weights
-from transformers import PreTrainedTokenizerFast
 
 from distill.probe import GradientProbe, HarmWatch
-from storage_specs import text_document
 from storage_specs.errors import AlignmentError
 
 LOSS = "ce:0.5,uld:1.5,mapped:0.7"
@@ -113,32 +106,7 @@ def test_harm_takes_several_probes_and_more_than_their_noise():
     assert [n for n, harm in enumerate(twice) if harm] == [4, 9]
 
 
-def counting_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which each word of `counting_text` is a token; so small that a step takes milliseconds."""
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = BpeTrainer(vocab_size=400, special_tokens=["<end>"], initial_alphabet=ByteLevel.alphabet())
-    tokenizer.train_from_iterator([f" {word}" for word in COUNTED], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<end>", eos_token="<end>", pad_token="<end>")
-
-
-@pytest.fixture(scope="module")
-def counting(tmp_path_factory):
-    """Documents that count, and a student that has learned by CE to."""
-    folder, tokenizer = tmp_path_factory.mktemp("counting"), counting_tokenizer()
-    documents = [text_document(counting_text(seed)) for seed in range(60)]
-    student = tiny_student(folder / "student", tokenizer)
-    cache = write_counting_cache(folder / "cache", documents, tokenizer)
-    shuffled = write_counting_cache(folder / "shuffled", documents, tokenizer, shuffled=True)
-    options = {"loss": "ce:1", "max_steps": 34, "max_length": 96, "per_device_train_batch_size": 8}
-    one = trainer(cache, student, folder / "out", learning_rate=2e-2, **options)
-    one.train()
-    assert one.state.log_history[-2]["ce"] < 1.5
-    one.model.save_pretrained(student)
-    return {"cache": cache, "shuffled": shuffled, "student": student}
-
-
-@pytest.mark.parametrize(("teacher", "warned"), [("cache", False), ("shuffled", True)])
+@pytest.mark.parametrize(("teacher", "warned"), [("odds", False), ("shuffled", True)])
 @pytest.mark.parametrize("loss", ["ce:1,kl:1", "ce:1,mapped:1"])
 def test_a_teacher_with_shuffled_rows_is_warned_of_and_a_good_one_is_not(
     counting, tmp_path, capsys, teacher, warned, loss

@@ -36,6 +36,8 @@ LOSS = ("--loss", "ce:1,uld:1.5,mapped:0.5")
 TELLING = ("--loss", "ce:1,uld:1,hybrid:0.5,likelihood:1", "--loss_normalization", "samples", "--save_strategy", "no")
 TELLING += ("--max_steps", "4", "--probe_steps", "2", "--eval_strategy", "steps", "--eval_steps", "2")
 TOLD = ("ce", "uld", "hybrid", "likelihood", "uld_width", "hybrid_width", "compared_student", "eval_bits_per_byte")
+LOOKING_AHEAD = ("--look_ahead_steps", "2")  # not under FSDP
+FORETOLD = ("eval_ahead_ce_bits_per_byte", "eval_ahead_mixture_bits_per_byte")
 PROBED = ("uld_cosine", "hybrid_norm_ratio", "likelihood_cosine", "gain_ce", "gain_mixture", "held_out_norm")
 
 
@@ -88,7 +90,7 @@ def alone(cache_path, student_path, tmp_path_factory):
     """A folder of what one process has learned and told."""
     folder = tmp_path_factory.mktemp("alone")
     run_alone(learning(cache_path, student_path, folder / "learned", 1))
-    run_alone(telling(cache_path, student_path, folder / "told", 1))
+    run_alone(telling(cache_path, student_path, folder / "told", 1, *LOOKING_AHEAD))
     return folder
 
 
@@ -100,6 +102,7 @@ def several(request, cache_path, student_path, tmp_path_factory):
     runs = [learning(cache_path, student_path, folder / name, processes, *more) for name, more in PARALLEL.items()]
     if processes == 2:
         for name, more in PARALLEL.items():
+            more += LOOKING_AHEAD if name == "ddp" else ()
             runs.append(telling(cache_path, student_path, folder / f"told-{name}", processes, *more))
         runs += [of_case(request, case, folder / case, processes) for case in CASES]
     run_under_torchrun(processes, runs)
@@ -160,16 +163,20 @@ def test_every_kind_of_student_and_loss_under_two_ranks(request, several, tmp_pa
 @pytest.mark.parametrize("several", [2], indirect=True)
 @pytest.mark.parametrize("parallel", PARALLEL)
 def test_two_ranks_tell_what_one_process_tells(alone, several, parallel):
-    """Every loss, held-out bits per byte, and probes."""
+    """Every loss, held-out bits per byte, probes, and with DDP what a look-ahead after the second step foretells."""
+    foretold = FORETOLD if parallel == "ddp" else ()
     found, expected = (
-        {name: [line[name] for line in history(out) if name in line] for name in TOLD + PROBED}
+        {name: [line[name] for line in history(out) if name in line] for name in TOLD + PROBED + foretold}
         for out in (several[1] / f"told-{parallel}", alone / "told")
     )
     assert {name: len(values) for name, values in expected.items()} == {
         **{name: 4 for name in TOLD[:-1]},
         **{name: 2 for name in (TOLD[-1], *PROBED)},
+        **{name: 1 for name in foretold},
     }
-    for name in TOLD:
+    if foretold:
+        assert found[FORETOLD[1]][0] == pytest.approx(found[TOLD[-1]][1], rel=1e-9), "it comes as it was foretold"
+    for name in TOLD + foretold:
         assert found[name] == pytest.approx(expected[name], rel=1e-4), name
     for name in PROBED:
         assert found[name] == pytest.approx(expected[name], rel=2e-3, abs=1e-4), name

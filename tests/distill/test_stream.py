@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -168,6 +169,49 @@ def test_prefetching_is_bounded_ordered_and_ends():
     assert next(endless) == 0
     endless.close()
     assert not any(thread.is_alive() for thread in endless._threads)
+
+
+def test_what_was_looked_at_comes_all_the_same():
+    def source():
+        yield from range(6)
+        raise CorruptCacheError("shard 6")
+
+    ahead = Prefetched(source(), str, threads=2)
+    assert next(ahead) == "0"
+    assert ahead.peek(3) == ["1", "2", "3"]
+    assert next(ahead) == "1"
+    assert ahead.peek(2) == ["2", "3"]
+    for _ in range(2):
+        with pytest.raises(CorruptCacheError):
+            ahead.peek(6)
+    assert [next(ahead) for _ in range(4)] == ["2", "3", "4", "5"]
+    with pytest.raises(CorruptCacheError):
+        next(ahead)
+    ahead.close()
+    ended = Prefetched(iter(range(3)), str)
+    assert ended.peek(9) == list(ended) == ["0", "1", "2"]
+    ended.close()
+
+
+def test_steps_are_looked_at_without_being_taken(many_shards_path):
+    documents = CachedDocuments(many_shards_path)
+    batches = EpochBatches(documents.documents_per_shard, documents=2, micro_batches=3)
+
+    def collate(documents):
+        return {"doc_ids": [document.doc_id for document in documents]}
+
+    last = batches.steps + 2  # in the second epoch
+    stream, plain = (Stream(documents, batches, collate) for _ in range(2))
+    expected = [list(islice(plain.at(step, last), 3)) for step in range(last)]
+    for step in range(last):
+        if step % 2:
+            assert stream.peek(step, last, 2) == expected[step : step + 2]
+        assert list(islice(stream.at(step, last), 3)) == expected[step]
+    assert stream.peek(last, last, 2) == []
+    assert stream.peek(3, last, 1) == expected[3:4], "another place"
+    assert list(islice(stream.at(3, last), 3)) == expected[3]
+    for each in (stream, plain):
+        each.close()
 
 
 def test_prefetching_raises_in_turn_and_tells_how_long_it_was_waited_for(monkeypatch):
