@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from cache_builder.engines.base import Engine
+from cache_builder.engines.interface import Engine
 from cache_builder.preparation import Preparation
 from cache_builder.shard_worker import make_prompt
 from storage_specs.errors import ConfigError

@@ -1,5 +1,7 @@
 """The vllm engine without vLLM: flat log-probs are parsed, sampled rows kept, and what cannot be is refused."""
 
+import os
+import subprocess
 import sys
 import types
 from typing import Any
@@ -11,10 +13,12 @@ from vllm_windows import window_of
 
 from cache_builder.engines import make_engine
 from cache_builder.engines.base import EngineConfig
+from cache_builder.engines.child_errors import ChildErrors
 from cache_builder.engines.vllm import RESERVED, parse_flat
+from cache_builder.engines.vllm_failures import failure
 from cache_builder.engines.vllm_sampled import SampledRows, flat_rows_of, hook_sampler, release_sampler, rows_of
 from cache_builder.main import main
-from storage_specs.errors import ConfigError, EngineError
+from storage_specs.errors import ConfigError, DeviceMemoryError, EngineError
 
 
 def test_arguments_that_the_builder_decides_are_reserved() -> None:
@@ -42,6 +46,90 @@ def test_vllm_flags_without_vllm_are_unknown(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("cache_builder.engines.vllm.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="unknown option 'documents_per_shards'; did you mean 'documents_per_shard'"):
         main(["build", "--teacher", "x", "--corpus", "y", "--output", "z", "--documents-per-shards", "3"])
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ("No available memory for the cache blocks. Try increasing `gpu_memory_utilization`.", "raise --gpu-memory-"),
+        (
+            "1 GiB KV cache is needed, which is larger than the available KV cache memory (0 GiB).",
+            "raise --gpu-memory-",
+        ),
+        (
+            "Free memory on device (1/80 GiB) on startup is less than desired.",
+            "lower --gpu-memory-utilization (now 0.9)",
+        ),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB.", "lower --gpu-memory-utilization (now 0.9)"),
+    ],
+)
+def test_memory_that_vllm_lacks_has_a_remedy(said: str, remedy: str) -> None:
+    found = failure("teacher m: vLLM cannot load it", ValueError(said), {"gpu_memory_utilization": 0.9})
+    assert isinstance(found, DeviceMemoryError)
+    assert str(found).startswith("teacher m: vLLM cannot load it: out of memory (")
+    assert f"the same command goes on: {remedy}" in str(found)
+    assert "--max-num-batched-tokens" in str(found)
+
+
+PRINTED = """(EngineCore pid=7) Traceback (most recent call last):
+(EngineCore pid=7)   File "core.py", line 1, in f
+{prefix}{cause}
+(EngineCore pid=7) Exception: WorkerProc initialization failed. See stack trace for root cause.
+[W1124 something.cpp:1] Warning: ended
+"""
+
+
+@pytest.mark.parametrize("prefix", ["", "(Worker pid=9) ", "(Worker pid=9) ERROR 11-24 16:00:00 [core.py:1510] "])
+def test_what_vllm_only_prints_is_told_as_the_cause(prefix: str) -> None:
+    ended = RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")
+
+    def found(cause: str) -> Exception:
+        return failure("teacher m: vLLM cannot load it", ended, {}, PRINTED.format(prefix=prefix, cause=cause))
+
+    memory = found("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. More.")
+    assert isinstance(memory, DeviceMemoryError)
+    assert "it: out of memory (torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB" in str(memory)
+    assert "raise --gpu" in str(found("ValueError: No available memory for the cache blocks."))
+    other = found("ValueError: no such backend")
+    assert isinstance(other, EngineError)
+    assert str(other) == "teacher m: vLLM cannot load it: ValueError: no such backend"
+
+
+def test_other_failures_of_vllm_are_told_as_they_are() -> None:
+    unknown = failure("x", RuntimeError("It ended. See root cause above."), {}, "nothing of use")
+    assert isinstance(unknown, EngineError)
+    assert str(unknown).startswith(
+        "x: RuntimeError: It ended. See root cause above. (where it is memory: change --gpu-"
+    )
+    assert str(failure("x", ValueError("bad flag"), {}, "KeyError: 3")) == "x: ValueError: bad flag"
+
+
+def test_what_children_print_is_passed_on_and_kept(capfd: pytest.CaptureFixture[str]) -> None:
+    """Also what they print after the block, by whoever was started inside; what is printed elsewhere is not kept."""
+    late = "import sys; sys.stdin.read(); sys.stderr.write('late\\n'); sys.stderr.write('x' * 200_000 + 'end\\n')"
+    with ChildErrors() as errors:
+        os.write(2, b"ours\n")
+        subprocess.run([sys.executable, "-c", "raise ValueError('why')"], check=False)
+        child = subprocess.Popen([sys.executable, "-c", late], stdin=subprocess.PIPE)
+    os.write(2, b"elsewhere\n")
+    assert "ours\nTraceback" in errors.text()
+    child.communicate(timeout=300)
+    assert errors.text().endswith("xend\n")
+    errors.close()
+    errors.close()
+    assert errors.text() == ""
+    err = capfd.readouterr().err
+    assert "elsewhere\n" in err
+    assert "ValueError: why\nlate\nxxx" in err.replace("elsewhere\n", "")
+    assert err.endswith("xend\n")
+
+
+def test_a_block_that_is_left_by_an_exception_keeps_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    errors = ChildErrors()
+    with pytest.raises(subprocess.CalledProcessError), errors:
+        subprocess.run([sys.executable, "-c", "raise ValueError('why')"], check=True)
+    assert "ValueError: why" in capfd.readouterr().err
+    assert errors.text() == ""
 
 
 def flat_of(entries: list[list[tuple[int, float]]]) -> Any:
