@@ -20,6 +20,7 @@ MODES = ("score", "generate")
 ENDPOINT = ("base_url", "api_key_env", "max_concurrency", "timeout", "vocab_size")
 SAMPLING = ("temperature", "top_p", "top_k", "n", "stop", "seed", "max_tokens")
 LAUNCHERS = ("local", "ray")
+LONGEST_TIMEOUT = 86_400  # seconds; a socket's clock overflows far above
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,11 @@ class BuildConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}, but must be at least 1")
+        for name in ("teacher", "corpus", "output"):
+            if not str(getattr(self, name)):
+                raise ConfigError(f"{name} is empty")
+        if self.self_check != 0 and self.self_check < 2:
+            raise ConfigError(f"self_check is {self.self_check}, but must be 0 (none) or at least 2 tokens")
         if self.min_bytes < 0:
             raise ConfigError(f"min_bytes is {self.min_bytes}, but must not be negative")
         if not 0 <= self.ids_kept <= self.k:
@@ -107,18 +113,21 @@ class BuildConfig:
             raise ConfigError(f"profile is {self.profile!r}, but must be {' or '.join(PROFILES)}")
         if self.tail_bins is not None and self.profile != SketchCodec.profile:
             raise ConfigError(f"tail_bins are kept by the profile sketch only, and profile is {self.profile!r}")
-        if self.shard_range and not 0 <= self.shard_range[0] < (self.shard_range[1] or math.inf):
+        first, last = self.shard_range or (0, None)
+        if not 0 <= first < (math.inf if last is None else last):
             raise ConfigError(f"shard_range is {self.shard_range}, but must be A:B with 0 <= A < B")
         if self.mode not in MODES:
             raise ConfigError(f"mode is {self.mode!r}, but must be {' or '.join(MODES)}")
         if self.mode == "generate":
             self.sampling(())
-            for name, default in (("kind", "auto"), ("min_bytes", 0), ("window_overlap", None)):
-                if getattr(self, name) != default:
+            for name in ("kind", "min_bytes", "score_roles", "window_overlap"):
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                     raise ConfigError(f"{name} is for texts that are scored; leave it out in mode generate")
         elif given := [name for name in SAMPLING if getattr(self, name) is not None]:
             raise ConfigError(f"{', '.join(given)}: for completions that the teacher writes; add --mode generate")
         self._check_endpoint()
+        if self.gpus_per_replica < 1:
+            raise ConfigError("tensor_parallel_size and pipeline_parallel_size must be at least 1")
         if self.launcher not in LAUNCHERS:
             raise ConfigError(f"launcher is {self.launcher!r}, but must be {' or '.join(LAUNCHERS)}")
         if not all(self.score_roles) or not self.score_roles or set(self.score_roles) & set(TOOL_ROLES):
@@ -144,10 +153,16 @@ class BuildConfig:
             raise ConfigError("engine server needs --base_url, such as http://localhost:8000/v1")
         if self.engine_arguments:
             raise ConfigError(f"{', '.join(self.engine_arguments)}: an argument of vLLM; give it to the server itself")
+        if self.profile == SketchCodec.profile:
+            raise ConfigError(
+                "the profile sketch needs all logits, and an endpoint gives the top k: choose another one"
+            )
         for name in ("max_concurrency", "timeout", "vocab_size"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name} is {value}, but must be above 0")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} is {value}, but must be above 0 and finite")
+        if (self.timeout or 0) > LONGEST_TIMEOUT:
+            raise ConfigError(f"timeout is {self.timeout}, but must be at most {LONGEST_TIMEOUT} seconds")
 
     def rank_edges(self, vocab_size: int) -> tuple[int, ...] | None:
         """The ranks between which the sorted tail's masses are kept; None but in the profile sketch. ConfigError."""
@@ -167,7 +182,7 @@ class BuildConfig:
         sizes = (self.engine_arguments.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
         try:
             return math.prod(map(int, sizes))
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"tensor_parallel_size and pipeline_parallel_size must be whole numbers: {error}"
             ) from None

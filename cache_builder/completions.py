@@ -26,28 +26,28 @@ def completed(
     that, and has none either. Bytes that are not UTF-8 are refused: the document is left empty and without rows.
     """
     if generation.ids is None:
-        words, ids_G = generation.pieces or [], np.arange(len(generation.pieces or []))
+        pieces = list(generation.pieces or [])
     else:
-        ids_G = generation.ids
-    finish_reason, ended = generation.finish_reason, generation.ended
-    body = len(ids_G) - ended
+        pieces = [words[token] if 0 <= token < len(words) else None for token in generation.ids.tolist()]
+    tokens, finish_reason, ended = len(pieces), generation.finish_reason, generation.ended
     if finish_reason != "stop":
-        body = _whole_characters([words[token] or b"" for token in ids_G])
+        pieces = pieces[: _whole_characters([piece or b"" for piece in pieces])]
+    elif ended:
+        pieces.pop()
     try:
-        spans_G2 = spans_of_ids(words, ids_G[:body])
-        data = b"".join(words[token] or b"" for token in ids_G[:body])
+        if generation.stop_reason is not None:
+            pieces = _before(generation.stop_reason.encode(), pieces)
+        spans_G2 = spans_of_ids(pieces, np.arange(len(pieces)))
+        data = b"".join(piece or b"" for piece in pieces)
     except TokenizerError:
         spans_G2, data, finish_reason, ended = np.zeros((0, 2), dtype=np.int64), b"", REFUSED, False
-    if generation.stop_reason is not None:
-        data = data[: data.find(generation.stop_reason.encode())]
-        spans_G2 = np.minimum(spans_G2[spans_G2[:, 0] < len(data)], len(data))
     rows = len(spans_G2)
     if ended and data:  # as in `render`: a completion without bytes has no end row
         rows, spans_G2 = rows + 1, np.concatenate([spans_G2, [[len(data), len(data)]]])
     start = len(prompt.text.encode())
     role = "assistant" if prompt.kind == "chat" else "completion"
     message = Message(role=role, byte_start=start, byte_end=start + len(data), scored=True)
-    about = {"finish_reason": finish_reason, "sample": sample, "tokens": len(ids_G)}
+    about = {"finish_reason": finish_reason, "sample": sample, "tokens": tokens}
     if generation.stop_reason is not None:
         about["stop_reason"] = generation.stop_reason
     scores = generation.scores
@@ -69,6 +69,20 @@ def completed(
         token_ids=scores.token_ids[:rows, :k_ids] if k_ids else None,
         tail_bins=None if scores.tail_bins is None else scores.tail_bins[:rows],
     )
+
+
+def _before(stop: bytes, pieces: Sequence[bytes | None]) -> list[bytes | None]:
+    """The tokens that begin before a stop string, the last one cut. Raises TokenizerError where it is not in them."""
+    place = b"".join(piece or b"" for piece in pieces).find(stop)
+    if place < 0:
+        raise TokenizerError(f"the stop string {stop!r} is not in the completion that it ended")
+    before, begin = [], 0
+    for piece in pieces:
+        if begin >= place:
+            break
+        before.append(piece and piece[: place - begin])
+        begin += len(piece or b"")
+    return before
 
 
 def _whole_characters(pieces: Sequence[bytes]) -> int:

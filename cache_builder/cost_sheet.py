@@ -6,14 +6,15 @@ Legend: R rows of one window.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tqdm import tqdm
 
-from cache_builder.engines.interface import Engine
+from cache_builder.engines.generating import Prompt
 from cache_builder.preparation import Preparation
-from cache_builder.shard_worker import make_prompt
+from cache_builder.shard_worker import ShardWorker, make_prompt
 from storage_specs.errors import ConfigError
 from storage_specs.windows import Window
 
@@ -24,12 +25,13 @@ VALUE_BYTES = {"exact": 256.0, "half": 87.0, "compact": 24.0, "sketch": 16.0}
 ID_BYTES = 20.0 / 16  # per rank whose id is kept; 16 ids took 20 bytes in the same rows
 OTHER_BYTES = 6.0  # per row: its place, the gold log-probability, its share of text and records
 CAPTURE_RATIO = 0.87  # scoring with capture, codec and disk over prefill alone: an H100, 8B shape (bench_capture.py)
+PROBED = 256  # documents that a probe takes its requests from
 READ_BYTES_PER_SECOND = 200e6  # what a student's storage gives; local disks and object stores give more
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """documents, shards: of the plan. text_bytes: UTF-8. tokens: read by the teacher, prefixes and overlaps included.
+    """documents, shards: to be done. text_bytes: UTF-8. tokens: read by the teacher, prefixes and overlaps included.
 
     rows: predictions kept. windows: model inputs. generates: rows are written by the teacher, and are at most so many;
     tokens counts them too.
@@ -44,11 +46,17 @@ class Workload:
     generates: bool
 
 
-def workload_of(prepared: Preparation) -> Workload:
-    """Tokenises the whole corpus. Raises TokenizerError, ChatTemplateError, ConfigError."""
+def workload_of(prepared: Preparation, shards: range) -> Workload:
+    """Of these shards of the plan, less those that an extended cache has. Tokenises all their documents.
+
+    Raises TokenizerError, ChatTemplateError, ConfigError.
+    """
     tokens = rows = windows = size = 0
     recipe = prepared.recipe
-    for document in tqdm(prepared.documents, unit="doc", disable=None):
+    taken_over = 0 if prepared.base is None else len(prepared.base.plan.shards)
+    scored = [shard for shard in shards if shard >= taken_over]
+    documents = [document for shard in scored for document in prepared.members(shard)]
+    for document in tqdm(documents, unit="doc", disable=None):
         size += len(document.text.encode())
         if recipe.sampling is not None:
             prompt = make_prompt(recipe.cutter, document, recipe.sampling, 0, recipe.engine_config)
@@ -60,8 +68,8 @@ def workload_of(prepared: Preparation) -> Workload:
             tokens += len(window.ids)
             rows += len(window.target_ids)
     return Workload(
-        documents=len(prepared.documents),
-        shards=len(prepared.plan.shards),
+        documents=len(documents),
+        shards=len(scored),
         text_bytes=size,
         tokens=tokens,
         rows=rows,
@@ -76,24 +84,49 @@ def bytes_per_row(profile: str, k: int, k_ids: int) -> float:
     return values + ID_BYTES * k_ids + OTHER_BYTES
 
 
-def probe(engine: Engine, windows: Sequence[Window], seconds: float) -> float:
-    """Tokens per second that the engine scores, by scoring windows for about `seconds`.
+def probe(ask: Callable[[list[Any]], int], requests: Sequence[Any], seconds: float) -> float:
+    """Tokens per second of an engine at work for about `seconds`. ask: has requests done, and counts their tokens.
 
-    The first window, for which weights are loaded and kernels compiled, is not timed. Batches double until half of the
-    time is over; the last one, which took the most of it, counts. Raises EngineError; ConfigError without windows.
+    The first request, for which weights are loaded and kernels compiled, is not timed. Batches double until half of the
+    time is over; the last one, which took the most of it, counts. Raises EngineError; ConfigError without requests.
     """
-    if not windows:
+    if not requests:
         raise ConfigError("nothing to probe with: no document has a token to score")
-    list(engine.score(windows[:1]))
+    ask([requests[0]])
     begun, size = time.monotonic(), 1
     while True:
-        batch = [windows[number % len(windows)] for number in range(size)]
+        batch = [requests[number % len(requests)] for number in range(size)]
         started = time.monotonic()
-        list(engine.score(batch))
+        tokens = ask(batch)
         now = time.monotonic()
         if now - begun >= seconds / 2:
-            return sum(len(window.ids) for window in batch) / (now - started)
+            return tokens / (now - started)
         size *= 2
+
+
+def probed(prepared: Preparation, seconds: float) -> float:
+    """`probe` with the build's own engine and first documents: read as they are, or answered in mode generate."""
+    recipe, engine = prepared.recipe, prepared.engine
+    documents = prepared.documents[:PROBED]
+
+    def score(windows: list[Window]) -> int:
+        list(engine.score(windows))
+        return sum(len(window.ids) for window in windows)
+
+    if recipe.sampling is None:
+        return probe(score, [window for document in documents for window in recipe.cutter.windows(document)], seconds)
+    generator = ShardWorker(recipe, engine).generator
+
+    def generate(prompts: list[Prompt]) -> int:
+        written = sum(len(made.scores.gold_logprob) for made in generator.generate(prompts))
+        return written + sum(len(prompt.ids) for prompt in prompts)
+
+    # a document that comes again is another sample
+    prompts = [
+        make_prompt(recipe.cutter, document, recipe.sampling, sample, recipe.engine_config)
+        for sample, document in enumerate(documents)
+    ]
+    return probe(generate, prompts, seconds)
 
 
 def break_even(tokens: int, stored: float, tokens_per_second: float) -> float | None:
@@ -136,8 +169,9 @@ def describe(
             f"time        {hours:,.2f} hours, {hours * replicas * gpus:,.2f} GPU-hours: {rate:,.0f} tokens per second "
             f"({origin}), {replicas} replicas of {gpus} GPUs",
             f"break-even  {verdict} of all students together = cache / (live - read)",
-            f"  cache = tokens / speed = {work.tokens / (rate * replicas):,.1f} s, one scoring pass",
-            f"  live  = {CAPTURE_RATIO} * cache, one pass of a live teacher per epoch, which captures nothing",
+            f"  cache = tokens / speed = {work.tokens / (rate * replicas):,.1f} s, one pass",
+            f"  live  = {CAPTURE_RATIO} * cache, one pass of a live teacher per epoch, which captures nothing"
+            + (" and writes anew" if work.generates else ""),
             f"  read  = bytes / {READ_BYTES_PER_SECOND / 1e6:.0f} MB/s = "
             f"{stored / READ_BYTES_PER_SECOND:,.1f} s per epoch",
         ]

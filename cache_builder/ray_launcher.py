@@ -12,19 +12,26 @@ from cache_builder.dispatch import LOST
 from cache_builder.pipeline import Job
 from cache_builder.progress import Progress, Work
 from cache_builder.shard_worker import Recipe, ShardWorker
-from storage_specs.errors import EngineError, TeachOnceError
+from storage_specs.errors import ConfigError, EngineError, TeachOnceError
 
 
 @contextmanager
 def ray_actors(recipe: Recipe, size: int, gpus: int) -> Iterator["RayPool"]:
-    """`size` actors, with `gpus` GPUs each where the cluster has any. Raises EngineError without Ray."""
+    """`size` actors, with `gpus` GPUs each where the cluster has any.
+
+    Raises EngineError without Ray or its cluster, ConfigError where that has no room for so many.
+    """
     try:
         import ray
     except ImportError as error:
         raise EngineError(f"--launcher ray needs Ray ({error}): pip install '.[ray]'") from None
     ours = not ray.is_initialized()
     if ours:
-        ray.init(log_to_driver=False, logging_level="ERROR")
+        try:
+            ray.init(log_to_driver=False, logging_level="ERROR")
+        except Exception as error:  # no cluster at RAY_ADDRESS, another version of Ray there, no room to start one
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            raise EngineError(f"Ray gives no cluster ({said:.300}): see to RAY_ADDRESS, or unset it") from None
     try:
         yield RayPool(recipe, size, gpus)
     finally:
@@ -39,7 +46,15 @@ class RayPool:
         import ray
 
         self.size = size
-        resources = {"num_gpus": gpus} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        kind, needed = ("GPU", gpus) if any(node.get("GPU") for node in nodes) else ("CPU", 1)
+        room = sum(int(node.get(kind, 0) // needed) for node in nodes)
+        if room < size:
+            raise ConfigError(
+                f"data_parallel_size is {size} with {needed} {kind}s each, but Ray's nodes have room for {room} "
+                "actors, and would let the others wait for ever: lower it, or add nodes"
+            )
+        resources = {f"num_{kind.lower()}s": needed}
         shared = ray.put(recipe)
         actor = ray.remote(**resources)(_Actor)
         self.actors = [actor.remote(shared, number) for number in range(size)]
@@ -77,7 +92,7 @@ class _Actor:
         """Typed errors are returned, because Ray would wrap what is raised."""
         finished: list[Work] = []
         try:
-            if not Path(self.recipe.engine_config.model).is_dir():
+            if self.recipe.engine != "server" and not Path(self.recipe.engine_config.model).is_dir():
                 raise EngineError(
                     f"this node has no folder {self.recipe.engine_config.model}: put it on shared storage"
                 )

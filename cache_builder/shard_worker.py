@@ -32,7 +32,7 @@ from cache_builder.progress import Progress, Work
 from cache_builder.prompts import prompt_ids, prompt_text, turns_of
 from cache_builder.rows import Cutter
 from cache_builder.sampling import Sampling
-from cache_builder.self_check import check_engine
+from cache_builder.self_check import check_engine, check_generator
 from storage_specs.document import CachedDocument, Document
 from storage_specs.errors import ConfigError
 from storage_specs.generated import generation_record
@@ -124,11 +124,14 @@ class ShardWorker:
 
         Raises DriftError, EngineError.
         """
-        if self.recipe.sampling is None and self.recipe.engine != "server" and self.recipe.self_check:
-            if self._drift is None:
-                self._drift = (check_engine(self.engine, self.recipe.cutter, first[1], self.recipe.self_check),)
-            return self._drift[0]
-        return None
+        recipe = self.recipe
+        if recipe.engine == "server" or not recipe.self_check:
+            return None
+        if self._drift is None and recipe.sampling is None:
+            self._drift = (check_engine(self.engine, recipe.cutter, first[1], recipe.self_check),)
+        elif self._drift is None:
+            self._drift = (check_generator(self.engine, self.generator, self._prompts(first), recipe.self_check),)
+        return self._drift[0]
 
     def finished(self, jobs: Iterable[Job], progress: Progress) -> Iterator[tuple[OpenShard, list[CachedDocument]]]:
         """Every job's documents with their rows, scored as they are, or answered where they are prompts; in order."""
@@ -144,10 +147,16 @@ class ShardWorker:
         )
         return finished_shards(jobs, opening, self.engine.score, progress)
 
+    def _samples(self, shard: int) -> list[int]:
+        return [self.samples[number] for number in self.recipe.plan.shards[shard]]
+
+    def _prompts(self, job: Job) -> list[Prompt]:
+        shard, documents = job
+        return [self.prompt(document, sample) for document, sample in zip(documents, self._samples(shard), strict=True)]
+
     def _prompts_of_shard(self, job: Job) -> OpenShard:
         shard, documents = job
-        samples = [self.samples[number] for number in self.recipe.plan.shards[shard]]
-        prompts = [self.prompt(document, sample) for document, sample in zip(documents, samples, strict=True)]
+        samples, prompts = self._samples(shard), self._prompts(job)
 
         def finish(results: list[Generation], work: Work) -> list[CachedDocument]:
             finished = [

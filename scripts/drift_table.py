@@ -6,7 +6,8 @@
 Lands in scripts/results/drift.csv: absolute differences of the same rows (the first passages of Wikipedia, at most 512
 tokens each, k = 64), of the gold log-probability and of the sorted log-probabilities in nats, and of the sorted
 probabilities. The limits of the builder's self-check (`cache_builder/self_check.py`) come from this table. Every engine
-runs in a process of its own.
+runs in a process of its own; one that cannot has no row (Gemma's activations overflow float16, for which vLLM refuses
+it and transformers returns what is not finite).
 """
 
 import argparse
@@ -31,6 +32,7 @@ from cache_builder.engines.base import EngineConfig
 from cache_builder.self_check import drift_between
 from storage_specs.document import text_document
 from storage_specs.drift import MEASURES, STATISTICS
+from storage_specs.errors import EngineError
 from storage_specs.rendering import render
 from storage_specs.windows import Window, cut_windows
 
@@ -43,6 +45,8 @@ ENGINES = (
     ("vLLM float32", "vllm", "float32", {}),
     ("vLLM bfloat16", "vllm", "bfloat16", {}),
     ("vLLM bfloat16, bfloat16 head", "vllm", "bfloat16", {"hf_overrides": '{"head_dtype": "bfloat16"}'}),
+    ("vLLM float16", "vllm", "float16", {}),
+    ("vLLM float16, float16 head", "vllm", "float16", {"hf_overrides": '{"head_dtype": "float16"}'}),
 )
 
 
@@ -52,7 +56,7 @@ def windows_of(folder: Path, documents: int) -> list[Window]:
 
 
 def scored(name: str, dtype: str, arguments: dict[str, Any], folder: Path, windows: list[Window]) -> list[Any]:
-    """The engine's rows, from a process of its own."""
+    """The engine's rows, from a process of its own. Raises EngineError where that has none."""
     config = EngineConfig(
         model=str(folder),
         dtype=dtype,
@@ -65,13 +69,20 @@ def scored(name: str, dtype: str, arguments: dict[str, Any], folder: Path, windo
         given, made = Path(place) / "given", Path(place) / "made"
         given.write_bytes(pickle.dumps((name, config, windows)))
         subprocess.run([sys.executable, __file__, "--work", given, made], check=False)  # vLLM may abort at its end
-        return pickle.loads(made.read_bytes())
+        rows = pickle.loads(made.read_bytes())
+    if isinstance(rows, EngineError):
+        raise rows
+    return rows
 
 
 def work(given: Path, made: Path) -> None:
     name, config, windows = pickle.loads(given.read_bytes())
     engine = make_engine(name, config)
-    made.write_bytes(pickle.dumps(list(engine.score(iter(windows)))))
+    try:
+        rows: Any = list(engine.score(iter(windows)))
+    except EngineError as error:
+        rows = error
+    made.write_bytes(pickle.dumps(rows))
     engine.close()
 
 
@@ -84,7 +95,11 @@ def measured(documents: int, names: Sequence[str]) -> Iterator[dict[str, Any]]:
         for name, engine, dtype, arguments in ENGINES:
             if name not in names:
                 continue
-            drift = drift_between(scored(engine, dtype, arguments, folder, windows), expected)
+            try:
+                drift = drift_between(scored(engine, dtype, arguments, folder, windows), expected)
+            except EngineError as error:
+                print(f"{model}, {name}: no rows: {' '.join(str(error).split())}", file=sys.stderr)
+                continue
             yield {
                 "model": model,
                 "engine": name,

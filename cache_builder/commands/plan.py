@@ -1,6 +1,8 @@
 """`cache-builder plan`: what a build would read, store and cost. Takes build's flags, and writes nothing."""
 
+import math
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from cache_builder.commands import build
@@ -14,7 +16,9 @@ def parser() -> Parser:
     flags.add_argument(
         "--tokens_per_second", type=float, metavar="X", help="speed of one replica, as `build` printed it"
     )
-    flags.add_argument("--probe", type=float, metavar="SECONDS", help="measure the speed with the real engine (30)")
+    flags.add_argument(
+        "--probe", type=float, nargs="?", const=30.0, metavar="SECONDS", help="measure the speed with the engine (30)"
+    )
     return flags
 
 
@@ -26,19 +30,19 @@ def run(arguments: Sequence[str]) -> int:
     if given is not None and seconds is not None:
         raise ConfigError("cache-builder plan: --tokens_per_second and --probe both give the speed; leave one out")
     for name, value in (("tokens_per_second", given), ("probe", seconds)):
-        if value is not None and not value > 0:
-            raise ConfigError(f"{name} is {value}, but must be above 0")
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{name} is {value}, but must be above 0 and finite")
     from cache_builder.build_config import BuildConfig
-    from cache_builder.cost_sheet import describe, probe, workload_of
+    from cache_builder.cost_sheet import describe, probed, workload_of
     from cache_builder.preparation import prepare
 
     config = BuildConfig(**values, engine_arguments=extras)
     prepared = prepare(config)
-    work = workload_of(prepared)
+    work = workload_of(prepared, config.shards_of(prepared.plan))
     speed = None if given is None else (given, "given")
     if seconds is not None:
-        first = [window for document in prepared.documents[:256] for window in prepared.recipe.cutter.windows(document)]
-        speed = probe(prepared.engine, first, seconds), f"probed for about {seconds:g} s"
+        with closing(prepared.engine):
+            speed = probed(prepared, seconds), f"probed for about {seconds:g} s"
     sheet = describe(
         work,
         profile=prepared.recipe.settings.config["profile"],

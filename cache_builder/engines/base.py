@@ -11,7 +11,7 @@ import numpy as np
 from storage_specs.errors import ConfigError, EngineError
 from storage_specs.windows import Window
 
-MASS_TOLERANCE = 1e-3  # a top-k that sums to more than 1 by this much is no rounding
+MASS_TOLERANCE = 1e-3  # a top-k that sums to more than 1 by this much, or a log-probability above it, is no rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +86,8 @@ def ordered_scores(
             "the teacher returned log-probabilities that are not finite; its weights may be damaged, or its dtype too "
             "narrow: try --dtype float32"
         )
+    if (gold_R > MASS_TOLERANCE).any():
+        raise EngineError(f"the teacher returned a log-probability of {gold_R.max():.6f}, above 0: not a distribution")
     probs_RK = np.exp(logprobs_RK.astype(np.float32, copy=False))
     mass_R = probs_RK.sum(axis=-1, dtype=np.float64)
     if (mass_R > 1 + MASS_TOLERANCE).any():

@@ -30,22 +30,31 @@ class HttpClient:
     """
 
     def __init__(self, base_url: str, key_name: str | None, timeout: float) -> None:
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(base_url)
+            good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # brackets that do not match, a port that is no number or above 65535
+            good = False
+        if not good or not base_url.isprintable() or " " in base_url:
             raise ConfigError("base_url must be an address such as http://localhost:8000/v1")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ConfigError(
                 f"base_url holds credentials or a query, which would be kept in shells and logs: put the key into the "
                 f"environment variable {key_name or DEFAULT_KEY}"
             )
-        self.key = os.environ.get(key_name or DEFAULT_KEY) or None
+        self.key = os.environ.get(key_name or DEFAULT_KEY, "").strip() or None  # files of keys end with a line break
         if key_name and not self.key:
             raise ConfigError(f"api_key_env names {key_name}, but no such environment variable is set")
+        if self.key and not (self.key.isascii() and self.key.isprintable()):  # refused by httpx, which would print it
+            raise ConfigError(
+                f"the key in the environment variable {key_name or DEFAULT_KEY} holds characters that no header may "
+                "hold: only printable ASCII can be a key"
+            )
         try:
             import httpx
         except ImportError as error:
             raise EngineError(f"the server engine needs httpx ({error}): pip install '.[server]'") from None
-        self._errors = httpx.TransportError
+        self._errors = httpx.RequestError
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         self._client = httpx.Client(base_url=base_url.rstrip("/") + "/", headers=headers, timeout=timeout)
         self._stopped = threading.Event()
@@ -73,8 +82,8 @@ class HttpClient:
                         raise EngineError(f"the endpoint refused a request to {path}: {problem}")
                     wait = retry_after(answer.headers.get("retry-after"))
             except self._errors as error:
-                problem = f"{type(error).__name__}: {self._without_key(str(error))}"
-            except ValueError:
+                problem = f"{type(error).__name__}: {self.without_key(str(error))}"
+            except (ValueError, RecursionError):
                 problem = "an answer that is not JSON"
             if wait is not None and wait > LONGEST_RETRY_AFTER:
                 raise EngineError(
@@ -115,9 +124,10 @@ class HttpClient:
             said = error.get("message", error) if isinstance(error, dict) else error
         except (ValueError, AttributeError):
             said = answer.text
-        return self._without_key(" ".join(str(said).split()))[:300]
+        return self.without_key(" ".join(str(said).split()))[:300]
 
-    def _without_key(self, text: str) -> str:
+    def without_key(self, text: str) -> str:
+        """What an endpoint said, as anybody may see it."""
         return text.replace(self.key, "***") if self.key else text
 
 

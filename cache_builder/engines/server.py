@@ -94,7 +94,10 @@ class ServerEngine:
                 "the endpoint returns no prompt_logprobs, so it cannot score texts; vLLM's own server can; with others "
                 "use --mode generate"
             )
-        return parse_prompt_logprobs(positions, window, self.config.k)
+        try:
+            return parse_prompt_logprobs(positions, window, self.config.k)
+        except EngineError as error:
+            raise EngineError(self.client.without_key(str(error))) from None
 
 
 def parse_prompt_logprobs(positions: list[Any], window: Window, k: int) -> WindowScores:
@@ -102,8 +105,9 @@ def parse_prompt_logprobs(positions: list[Any], window: Window, k: int) -> Windo
 
     The prompt's own token is among them whatever its rank. Raises EngineError for any other shape.
     """
-    if len(positions) != len(window.ids):
-        raise EngineError(f"the endpoint returned {len(positions)} positions for a prompt of {len(window.ids)} tokens")
+    if not isinstance(positions, list) or len(positions) != len(window.ids):
+        found = len(positions) if isinstance(positions, list) else "no list of"
+        raise EngineError(f"the endpoint returned {found} positions for a prompt of {len(window.ids)} tokens")
     gold, values, ids = [], [], []
     try:
         for index, target in zip(window.logits_index.tolist(), window.target_ids.tolist(), strict=True):
@@ -115,7 +119,7 @@ def parse_prompt_logprobs(positions: list[Any], window: Window, k: int) -> Windo
         return window_scores(
             np.array(gold), np.array(values, dtype=np.float64).reshape(-1, k), np.array(ids).reshape(-1, k)
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise EngineError(
             f"the endpoint's prompt_logprobs are not the top {k} with the prompt's own token: {type(error).__name__}: "
             f"{error}; start vLLM's server with --max-logprobs {k} or more"

@@ -58,39 +58,51 @@ class ServerGenerator:
         try:
             choice = answer["choices"][0]
             logprobs, finish_reason = choice["logprobs"], choice["finish_reason"]
+            if not isinstance(finish_reason, str):
+                raise TypeError(f"finish_reason is {finish_reason!r:.40}")
             text = (choice["message"]["content"] if chat else choice["text"]) or ""
             if not logprobs:
                 raise EngineError("the endpoint returned no log-probabilities: it cannot be a teacher")
             if with_ids:
                 return self._with_ids(logprobs, finish_reason, choice.get("stop_reason"))
             tokens = [_chat_token(item) for item in logprobs["content"]] if chat else list(_plain_tokens(logprobs))
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise EngineError(
-                f"the endpoint's answer is laid out differently ({type(error).__name__}: {error})"
-            ) from None
-        return self._with_bytes(tokens, finish_reason, text)
+            return self._with_bytes(tokens, finish_reason, text)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            said = self.engine.client.without_key(f"{type(error).__name__}: {error}")
+            raise EngineError(f"the endpoint's answer is laid out differently ({said})") from None
 
     def _with_ids(self, logprobs: Any, finish_reason: str, stop_reason: Any) -> Generation:
         ids_G = np.array([_token_id(token) for token in logprobs["tokens"]], dtype=np.int64)
         best = [{_token_id(token): value for token, value in top.items()} for top in logprobs["top_logprobs"]]
-        by_string = isinstance(stop_reason, str)
         return Generation(
             ids=ids_G,
             scores=self._scores(
-                logprobs["token_logprobs"], [list(top.values()) for top in best], [list(top) for top in best]
+                len(ids_G),
+                logprobs["token_logprobs"],
+                [list(top.values()) for top in best],
+                [list(top) for top in best],
             ),
             finish_reason=finish_reason,
             ended=finish_reason == "stop" and len(ids_G) > 0 and int(ids_G[-1]) in self.sampling.stop_token_ids,
-            stop_reason=stop_reason if by_string else None,
+            stop_reason=stop_reason if stop_reason in self.sampling.stop else None,
         )
 
     def _with_bytes(self, tokens: list[Token], finish_reason: str, text: str) -> Generation:
-        """What the tokens' bytes are, held against the text: an end token's own bytes are no part of it."""
+        """What the tokens' bytes are, held against the text: an end token's own bytes are no part of it.
+
+        Which bytes belong to which token is not known where the two differ otherwise: the completion is refused. Cut by
+        length a text ends with less than a character, which endpoints leave out or replace.
+        """
         pieces = [piece for piece, *_ in tokens]
         said = text.encode()
         whole = b"".join(piece or b"" for piece in pieces)
         ended, stop_reason = False, None
-        if whole != said and finish_reason == "stop":
+        if said and not pieces:
+            raise EngineError("the endpoint returned a text without the log-probabilities of its tokens")
+        if finish_reason != "stop":
+            if whole.decode(errors="replace").rstrip("\ufffd") != text.rstrip("\ufffd"):
+                pieces = [None] * len(pieces)
+        elif whole != said:
             body = b"".join(piece or b"" for piece in pieces[:-1])
             found = [stop for stop in self.sampling.stop if whole.startswith(said + stop.encode())]
             if found:
@@ -98,20 +110,25 @@ class ServerGenerator:
             elif body == said:
                 ended, pieces[-1] = True, b""
             else:
-                pieces = [None] * len(pieces)  # which bytes belong to which token is not known: refused
+                pieces = [None] * len(pieces)
         return Generation(
             ids=None,
             pieces=pieces,
             scores=self._scores(
-                [gold for _, gold, *_ in tokens], [top for *_, top, _ in tokens], [ids for *_, ids in tokens]
+                len(tokens),
+                [gold for _, gold, *_ in tokens],
+                [top for *_, top, _ in tokens],
+                [ids for *_, ids in tokens],
             ),
             finish_reason=finish_reason,
             ended=ended,
             stop_reason=stop_reason,
         )
 
-    def _scores(self, gold: list[float], top: list[list[float]], ids: list[list[int]]) -> WindowScores:
-        """Rows of the k best; the sampled token comes along below them where it is none of them."""
+    def _scores(self, tokens: int, gold: list[float], top: list[list[float]], ids: list[list[int]]) -> WindowScores:
+        """A row of the k best per token; the sampled one comes along below them where it is none of them."""
+        if not tokens == len(gold) == len(top):
+            raise ValueError(f"{len(gold)} log-probabilities and {len(top)} distributions of {tokens} tokens")
         short = min(map(len, top), default=self.k)
         if short < self.k:
             raise EngineError(
@@ -139,7 +156,12 @@ def _token_id(token: str) -> int:
 def _chat_token(item: dict[str, Any]) -> Token:
     top = [entry["logprob"] for entry in item["top_logprobs"]]
     piece = item.get("bytes")
-    return bytes(piece) if piece is not None else _spelled(item["token"]), item["logprob"], top, list(range(len(top)))
+    return (
+        bytes(list(piece)) if piece is not None else _spelled(item["token"]),
+        item["logprob"],
+        top,
+        list(range(len(top))),
+    )
 
 
 def _plain_tokens(logprobs: dict[str, Any]) -> Iterator[Token]:

@@ -102,7 +102,7 @@ class TransformersEngine:
                 model, loading = transformers.AutoModelForCausalLM.from_pretrained(
                     self.config.model, dtype=dtype, output_loading_info=True
                 )
-            except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
                 raise EngineError(f"teacher {self.config.model}: transformers cannot load it: {error}") from error
             # transformers gives them random values; tied weights that are stored once are not among them
             unread = sorted(map(str, {*loading["missing_keys"], *loading["mismatched_keys"]}))

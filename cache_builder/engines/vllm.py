@@ -14,12 +14,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from cache_builder.engines.base import EngineConfig, WindowScores, check_window, ordered_scores, window_scores
-from cache_builder.engines.child_errors import ChildErrors
 from cache_builder.engines.generating import Generator
 from cache_builder.engines.vllm_capture import EXTENSION, keep_arrays, version_problem
 from cache_builder.engines.vllm_failures import failure
@@ -39,7 +38,12 @@ RESERVED = {
     "max_logprobs": "--k",
     "logprobs_mode": "raw_logprobs, the model's own distribution",
     "enable_prefix_caching": "off, because reused prefixes return no log-probabilities",
-    "speculative_config": "none, because speculation corrupts prompt log-probabilities",
+    **dict.fromkeys(
+        ("speculative_config", "spec_method", "spec_model", "spec_tokens"),
+        "none, because speculation corrupts prompt log-probabilities",
+    ),
+    "kv_sharing_fast_prefill": "off, because it computes wrong prompt log-probabilities",
+    "hf_token": "the environment variable HF_TOKEN, because arguments are kept in the manifest",
     "skip_tokenizer_init": "on, because prompts are token ids",
     "runner": "generate",
     "worker_extension_cls": "the capture in the worker",
@@ -82,12 +86,20 @@ class VllmEngine:
                 raise ConfigError(f"{name} is not passed to vLLM: it is decided by the builder ({RESERVED[name]})")
         self.config = config
         self.version = _vllm().__version__
+        stages = str(config.arguments.get("pipeline_parallel_size", 1))
+        if stages != "1" and _is_cpu():
+            raise ConfigError(
+                f"pipeline_parallel_size is {stages}, but vLLM's CPU build starts with 1 only (0.32 hangs or fails): "
+                "use tensor_parallel_size or data_parallel_size"
+            )
         self.arguments = _defaults(config) | _typed(config.arguments)
         # float32 logits (a GEMM of 16-bit weights that keeps its float32 sums): rounded ones tie at the last rank
-        self.arguments["hf_overrides"] = {"head_dtype": "float32"} | (self.arguments.get("hf_overrides") or {})
+        overrides = self.arguments.get("hf_overrides") or {}
+        if not isinstance(overrides, dict):
+            raise ConfigError(f"hf_overrides is {overrides!r:.100}, but must be a JSON object")
+        self.arguments["hf_overrides"] = {"head_dtype": "float32"} | overrides
         self.flat_reason = version_problem(self.version)
         self._llm: Any = None
-        self._errors: ChildErrors | None = None
         self._requests = 0
 
     def describe(self) -> dict[str, Any]:
@@ -135,7 +147,6 @@ class VllmEngine:
         if self._llm is not None:
             llm, self._llm = self._llm, None
             llm.llm_engine.engine_core.shutdown()
-            self._errors.close()
 
     @property
     def is_loaded(self) -> bool:
@@ -192,24 +203,21 @@ class VllmEngine:
             os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
             from vllm import LLM
 
-            self._errors = ChildErrors()
-            with self._errors:
-                try:
-                    self._llm = LLM(
-                        model=self.config.model,
-                        dtype=self.config.dtype,
-                        max_model_len=self.config.max_model_len,
-                        max_logprobs=self.config.k,
-                        logprobs_mode="raw_logprobs",
-                        enable_prefix_caching=False,
-                        skip_tokenizer_init=True,
-                        worker_extension_cls=EXTENSION,
-                        **_off("enable_batch_sharded_sampling"),
-                        **self.arguments,
-                    )
-                except Exception as error:  # pydantic, CUDA, memory: all of them mean that the engine did not start
-                    what = f"teacher {self.config.model}: vLLM cannot load it"
-                    raise failure(what, error, self.arguments, self._errors.text()) from error
+            try:
+                self._llm = LLM(
+                    model=self.config.model,
+                    dtype=self.config.dtype,
+                    max_model_len=self.config.max_model_len,
+                    max_logprobs=self.config.k,
+                    logprobs_mode="raw_logprobs",
+                    enable_prefix_caching=False,
+                    skip_tokenizer_init=True,
+                    worker_extension_cls=EXTENSION,
+                    **_off("enable_batch_sharded_sampling"),
+                    **self.arguments,
+                )
+            except Exception as error:  # pydantic, CUDA, memory: all of them mean that the engine did not start
+                raise failure(f"teacher {self.config.model}: vLLM cannot load it", error, self.arguments) from error
             if self.flat_reason is None:
                 self.start_capture()
         return self._llm
@@ -219,8 +227,7 @@ class VllmEngine:
         try:
             return method(*arguments)
         except Exception as error:  # the engine's process died, ran out of memory, or refused the request
-            printed = self._errors.text()
-            raise failure(f"teacher {self.config.model}: vLLM failed", error, self.arguments, printed) from error
+            raise failure(f"teacher {self.config.model}: vLLM failed", error, self.arguments) from error
 
     def start_capture(self) -> None:
         """Hook the worker for `config`'s k and rank edges; `flat_reason` says why not, where that fails."""
@@ -246,6 +253,12 @@ def _defaults(config: EngineConfig) -> dict[str, Any]:
     if not current_platform.is_cuda_alike():
         return {}
     return {"max_num_batched_tokens": max(8192, config.max_model_len), "gpu_memory_utilization": 0.85}
+
+
+def _is_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
 
 
 def _off(*names: str) -> dict[str, bool]:
@@ -307,6 +320,10 @@ def _vllm() -> Any:
     return vllm
 
 
+def _refuse(message: str) -> NoReturn:
+    raise ConfigError(message)
+
+
 def _typed(arguments: dict[str, Any]) -> dict[str, Any]:
     """Strings from the command line as the types that vLLM's own parser gives them. Raises ConfigError."""
     from vllm import EngineArgs
@@ -320,6 +337,7 @@ def _typed(arguments: dict[str, Any]) -> dict[str, Any]:
         else:
             words += [flag, *map(str, value)] if isinstance(value, list) else [flag, str(value)]
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(exit_on_error=False))
+    parser.error = _refuse  # its own prints the usage, 240 lines of it
     try:
         parsed = parser.parse_args(words)
     except (SystemExit, Exception) as error:

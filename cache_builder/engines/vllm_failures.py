@@ -14,27 +14,19 @@ from storage_specs.errors import DeviceMemoryError, EngineError
 NO_CACHE = re.compile("for the cache|KV cache", re.IGNORECASE)
 # "Engine core initialization failed. See root cause above." and "EngineCore encountered an issue. See stack trace ..."
 ELSEWHERE = re.compile("root cause|stack trace")
-CAUSE = re.compile(r"\b((?:\w+\.)*\w+(?:Error|Exception): .+)$", re.MULTILINE)  # a traceback's last line
 SMALLER_STEPS = "lower --max-num-batched-tokens or --max-num-seqs, or share the teacher out by --tensor-parallel-size"
 
 
-def failure(
-    what: str, error: Exception, arguments: Mapping[str, Any], printed: str = ""
-) -> DeviceMemoryError | EngineError:
-    """What to raise for an exception of vLLM's. what: whose, and when. arguments: the engine's, by vLLM's names.
-    printed: by its processes."""
-    text = f"{type(error).__name__}: {error}"
-    if ELSEWHERE.search(text):
-        causes = [cause for cause in CAUSE.findall(printed) if not ELSEWHERE.search(cause)]
-        text = (
-            causes[-1] if causes else f"{text} (where it is memory: change --gpu-memory-utilization, {SMALLER_STEPS})"
-        )
-        error = RuntimeError(causes[-1] if causes else "")
+def failure(what: str, error: Exception, arguments: Mapping[str, Any]) -> DeviceMemoryError | EngineError:
+    """What to raise for an exception of vLLM's. what: whose, and when. arguments: the engine's, by vLLM's names."""
     said, share = memory_refusal(error), arguments.get("gpu_memory_utilization")
+    utilization = "--gpu-memory-utilization" + ("" if share is None else f" (now {share})")
     if said is not None:
-        utilization = "--gpu-memory-utilization" + ("" if share is None else f" (now {share})")
         return DeviceMemoryError(
             f"{what}: out of memory ({said}); finished shards are kept, and the same command goes on: "
             f"{'raise' if NO_CACHE.search(said) else 'lower'} {utilization}, {SMALLER_STEPS}"
         )
+    text = f"{type(error).__name__}: {error}"
+    if ELSEWHERE.search(text):
+        text = f"{text.rstrip('.')}; where it is memory that it lacks, lower {utilization}, {SMALLER_STEPS}"
     return EngineError(f"{what}: {text}")

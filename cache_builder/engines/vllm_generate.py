@@ -11,6 +11,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -35,11 +36,13 @@ class VllmGenerator:
         self._requests = 0
 
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[Generation]:
+        source = iter(prompts)
+        if not self.seeds and not self.engine.is_loaded:
+            source = self._seeding(source)
         llm = self.engine.load()
         self._keep_rows(llm)
         core = llm.llm_engine
         most = 2 * core.vllm_config.scheduler_config.max_num_seqs
-        source = iter(prompts)
         running: OrderedDict[str, StopStrings] = OrderedDict()
         ended: dict[str, tuple[Any, str | None]] = {}  # with their text, but without their rows yet
         done: dict[str, Generation] = {}
@@ -72,6 +75,13 @@ class VllmGenerator:
                 with suppress(Exception):  # the engine may be what failed
                     core.abort_request(unfinished)
                     llm.collective_rpc("capture_sampled_stop")
+
+    def _seeding(self, prompts: Iterator[Prompt]) -> Iterator[Prompt]:
+        """The same prompts, of which the first one seeds the engine that is not loaded yet."""
+        first = list(islice(prompts, 1))
+        for prompt in first:
+            self.engine.arguments["seed"] = prompt.seed % 2**31
+        return chain(first, prompts)
 
     def _keep_rows(self, llm: Any) -> None:
         """Let the worker keep the rows of sampled tokens; `kept` says afterwards whether it does."""
@@ -149,7 +159,9 @@ class VllmGenerator:
 
 
 def _seeds_kill() -> bool:
-    """A seed per request has killed the engine of CPU builds; there vLLM's own engine argument `seed` decides."""
+    """CPU builds die of a seeded request whose prompt is read in two steps (V1 winds its generator back, which torch
+    cannot on a CPU). There the engine's own seed decides, that of the first sample: other --seed, other samples, and
+    replicas, which begin with different ones, never draw alike."""
     from vllm.platforms import current_platform
 
     return current_platform.is_cpu()

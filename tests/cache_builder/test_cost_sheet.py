@@ -38,7 +38,8 @@ def test_the_sheet_counts_what_the_build_then_does(
     values = dict(zip(names, (flag.partition("=")[2] for flag in flags), strict=True))
     values |= {name: int(values[name]) for name in names[3:]}
     config = BuildConfig(**values, output=tmp_path / "cache")
-    work = workload_of(prepare(config))
+    prepared = prepare(config)
+    work = workload_of(prepared, config.shards_of(prepared.plan))
     report = build(config)
     assert (work.documents, work.shards) == (4, 2)
     assert work.rows == report.manifest.counts["rows"]
@@ -52,31 +53,53 @@ def test_the_sheet_counts_what_the_build_then_does(
     assert "<- this build" in printed
 
 
+def test_only_what_this_call_is_to_score_is_counted(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *flags, "--shard-range", "0:1"]) == 0
+    assert capsys.readouterr().out.startswith("documents   2 in 1 shards, 128 bytes of text\n")
+    assert main(["build", *flags, "--output", str(tmp_path / "old"), "--max_documents", "2"]) == 0
+    capsys.readouterr()
+    assert main(["plan", *flags, "--extend", str(tmp_path / "old")]) == 0
+    assert capsys.readouterr().out.startswith("documents   2 in 1 shards, 164 bytes of text\n")
+
+
 def test_without_a_speed_the_sheet_says_how_to_get_one(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *flags]) == 0
     assert "--probe 30" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_the_probe_scores_with_the_real_engine(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_probe_works_the_real_engine(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan", *flags, "--probe", "0.2"]) == 0
-    assert "tokens per second (probed" in capsys.readouterr().out
+    assert "tokens per second (probed for about 0.2 s)" in capsys.readouterr().out
+    asked: list[float] = []
+    monkeypatch.setattr(cost_sheet, "probed", lambda prepared, seconds: asked.append(seconds) or 1.0)
+    assert main(["plan", "--probe", *flags]) == 0
+    assert asked == [30.0]
+
+
+def test_the_probe_of_mode_generate_writes(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "one two three"}))
+    corpus = ["--teacher", str(teacher), "--corpus", str(tmp_path / "prompts.jsonl"), "--engine", "transformers"]
+    assert main(["plan", *corpus, "--mode", "generate", "--max_tokens", "4", "--probe", "0.2"]) == 0
+    printed = capsys.readouterr().out
+    assert "tokens per second (probed for about 0.2 s)" in printed
+    assert "which captures nothing and writes anew" in printed
 
 
 def test_the_probe_times_the_largest_batch_only(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
 
-    class Window:
-        ids = range(10)
-
-    class Engine:
-        def score(self, windows: list[Window]) -> list[None]:
-            now[0] += 100 if now[0] == 0 else 1 + len(windows)
-            return [None] * len(windows)
+    def ask(windows: list[None]) -> int:
+        now[0] += 100 if now[0] == 0 else 1 + len(windows)
+        return 10 * len(windows)
 
     monkeypatch.setattr(cost_sheet.time, "monotonic", lambda: now[0])
-    assert probe(Engine(), [Window()] * 3, 20) == 4 * 10 / 5  # batches of 1, 2 and 4 windows take 2, 3 and 5 seconds
+    assert probe(ask, [None] * 3, 20) == 4 * 10 / 5  # batches of 1, 2 and 4 windows take 2, 3 and 5 seconds
     with pytest.raises(ConfigError, match="nothing to probe with"):
-        probe(Engine(), [], 20)
+        probe(ask, [], 20)
 
 
 def test_break_even_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +122,8 @@ def test_bytes_of_every_profile() -> None:
     [
         (["--tokens_per_second", "0"], "tokens_per_second is 0.0"),
         (["--probe", "-1"], "probe is -1.0"),
+        (["--probe", "inf"], "probe is inf"),
+        (["--tokens_per_second", "inf"], "tokens_per_second is inf"),
         (["--probe", "3", "--tokens_per_second", "3"], "leave one out"),
         (["--tokens_per_secnd", "3"], "did you mean 'tokens_per_second'"),
     ],

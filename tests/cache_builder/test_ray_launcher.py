@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from building import digests, records, slow_disk, start_build, wait_until
@@ -12,7 +14,7 @@ from tiny_teacher import write_corpus
 
 from cache_builder.main import main
 from cache_builder.ray_launcher import ray_actors
-from storage_specs.errors import EngineError
+from storage_specs.errors import ConfigError, EngineError
 
 SHARDS = 16
 
@@ -68,6 +70,44 @@ def below(process: int, ancestor: int) -> bool:
 def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(EngineError, match=r"pip install '\.\[ray\]'"), ray_actors(None, 1, 0):
+        pass
+
+
+def cluster_of(*nodes: dict[str, float], broken: str = "") -> Any:
+    """What `ray` says of a cluster with these resources, or of none."""
+
+    def init(**options: Any) -> None:
+        if broken:
+            raise ConnectionError(broken)
+
+    alive = [{"Alive": True, "Resources": node} for node in nodes]
+    dead = [{"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}]
+    return SimpleNamespace(
+        is_initialized=lambda: False, init=init, shutdown=lambda: None, nodes=lambda: dead + alive, put=lambda value: 0,
+        remote=lambda **resources: lambda actor: SimpleNamespace(remote=lambda shared, number: resources),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "room", "resources"),
+    [
+        ([{"CPU": 2.0}, {"CPU": 1.0}], 1, 3, {"num_cpus": 1}),
+        ([{"CPU": 64.0, "GPU": 8.0}, {"CPU": 64.0, "GPU": 3.0}], 2, 5, {"num_gpus": 2}),
+    ],
+)
+def test_actors_that_would_wait_for_ever_are_refused(
+    nodes: list[dict[str, float]], gpus: int, room: int, resources: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", cluster_of(*nodes))
+    with ray_actors(None, room, gpus) as pool:
+        assert pool.actors == [resources] * room
+    with pytest.raises(ConfigError, match=f"have room for {room} actors"), ray_actors(None, room + 1, gpus):
+        pass
+
+
+def test_no_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", cluster_of(broken="nobody\nthere"))
+    with pytest.raises(EngineError, match=r"ConnectionError: nobody there.*RAY_ADDRESS"), ray_actors(None, 1, 1):
         pass
 
 

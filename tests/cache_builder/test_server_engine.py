@@ -10,12 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 from endpoints import Answer, endpoint
+from vllm_windows import window_of
 
 from cache_builder.build_config import BuildConfig
 from cache_builder.builder import build
 from cache_builder.engines import http_client
+from cache_builder.engines.base import EngineConfig
+from cache_builder.engines.generating import Prompt
 from cache_builder.engines.http_client import HttpClient, backoff, retry_after
+from cache_builder.engines.server import ServerEngine
 from cache_builder.main import main
+from cache_builder.sampling import Sampling
 from storage_specs.command_line import run
 from storage_specs.errors import ConfigError, EngineError
 from storage_specs.reader import open_cache
@@ -99,7 +104,7 @@ def test_completions_cut_by_length_by_a_stop_string_and_not_to_be_attributed(con
     broken["choices"][0]["message"]["content"] = "other text"
     stopped = chat_completion(["one", " STOP"])
     stopped["choices"][0]["message"]["content"] = "one "
-    half = chat_completion(["ok", "?"], "length")
+    half = chat_completion(["ok", "\ufffd"], "length")
     half["choices"][0]["logprobs"]["content"][1]["bytes"] = [0xF0, 0x9F]
     answers = {"Hi 0": half, "Hi 1": stopped, "Hi 2": broken, "Hi 3": chat_completion([], "stop"), "Hi 4": broken}
 
@@ -226,12 +231,121 @@ def test_the_key_is_nowhere_in_the_cache_and_nowhere_in_what_is_printed(
         ({"engine": "transformers"}, "base_url, vocab_size: for teachers behind an endpoint"),
         ({"engine_arguments": {"seed": 1}}, "give it to the server itself"),
         ({"timeout": 0.0}, "timeout is 0.0"),
+        ({"timeout": float("inf")}, "timeout is inf"),
+        ({"base_url": "http://[::1"}, "must be an address"),
+        ({"base_url": "http://localhost:port/v1"}, "must be an address"),
+        ({"base_url": "http://localhost:99999/v1"}, "must be an address"),
+        ({"base_url": "http://local host/v1"}, "must be an address"),
+        ({"profile": "sketch"}, "sketch needs all logits"),
     ],
 )
 def test_settings_that_cannot_be(config: dict[str, Any], values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         build(BuildConfig(**{"base_url": "http://127.0.0.1:9/v1"} | config | values))
     assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["sk-\u00fc-secret", "sk-secret\r\nX: y", "sk\x01secret"])
+def test_keys_that_no_header_can_hold_are_refused_unseen(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY holds characters that no header may hold") as caught:
+        HttpClient("http://127.0.0.1:9/v1", None, 5)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_key_from_a_file_may_end_with_a_line_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
+    with endpoint(lambda *_: Answer(body={})) as server:
+        client = HttpClient(server.base_url, None, 5)
+        assert client.post("completions", {}) == {}
+        client.close()
+    assert server.requests[0][1]["Authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(body=b"no gzip", headers={"content-encoding": "gzip"}),
+        Answer(body=b"[" * 100_000 + b"]" * 100_000),
+        Answer(body=b'{"choices": "\xff"}'),
+        Answer(body=b'{"choices": [{"message"'),
+    ],
+)
+def test_bodies_that_cannot_be_read_are_asked_for_again(answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_client, "backoff", lambda attempt: 0.001)
+    with endpoint(lambda path, body, number: answer if number < 2 else Answer(body={"good": 1})) as server:
+        client = HttpClient(server.base_url, None, 30)
+        assert client.post("completions", {}) == {"good": 1}
+        client.close()
+
+
+def completion_with_ids() -> dict[str, Any]:
+    """What vLLM's server answers where token ids are asked for: two tokens."""
+    top = {f"token_id:{token}": np.log(mass).item() for token, mass in enumerate((0.4, 0.3, 0.1, 0.05))}
+    logprobs = {"tokens": ["token_id:0", "token_id:1"], "token_logprobs": [-1.0, -1.0], "top_logprobs": [top, top]}
+    return {"choices": [{"text": "ab", "finish_reason": "stop", "stop_reason": None, "logprobs": logprobs}]}
+
+
+CONTENT = ("message", "content")
+TOKEN = ("logprobs", "content", 0)
+
+
+@pytest.mark.parametrize(
+    ("with_ids", "place", "value"),
+    [
+        (False, CONTENT, 7),
+        (False, CONTENT, "\ud800"),
+        (False, ("finish_reason",), None),
+        (False, ("finish_reason",), {"key": KEY}),
+        (False, ("logprobs", "content"), []),
+        (False, (*TOKEN, "bytes"), 10**30),
+        (False, (*TOKEN, "bytes"), [300]),
+        (False, (*TOKEN, "logprob"), KEY),
+        (False, (*TOKEN, "logprob"), None),
+        (False, (*TOKEN, "logprob"), 1.5),
+        (False, (*TOKEN, "logprob"), []),
+        (False, (*TOKEN, "top_logprobs", 0, "logprob"), "x"),
+        (False, (*TOKEN, "top_logprobs", 0, "logprob"), None),
+        (False, (*TOKEN, "top_logprobs"), None),
+        (True, ("logprobs", "tokens"), ["token_id:0"]),
+        (True, ("logprobs", "tokens"), []),
+        (True, ("logprobs", "tokens", 0), "token_id:999999999999999999999999"),
+        (True, ("logprobs", "token_logprobs"), [-1.0, -1.0, -1.0]),
+        (True, ("logprobs", "top_logprobs"), [{}]),
+    ],
+)
+def test_answers_laid_out_otherwise_are_refused(
+    with_ids: bool, place: tuple[Any, ...], value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    engine = server_engine(returns_ids=with_ids)
+    answer = completion_with_ids() if with_ids else chat_completion(WORDS)
+    inner = answer["choices"][0]
+    for step in place[:-1]:
+        inner = inner[step]
+    inner[place[-1]] = value
+    monkeypatch.setattr(engine.client, "post", lambda path, body: answer)
+    prompt = Prompt(ids=np.arange(3), text="Hi", turns=[{"role": "user", "content": "Hi"}], seed=0, max_tokens=9)
+    with pytest.raises(EngineError) as caught:
+        list(engine.generator(Sampling(), []).generate([prompt]))
+    assert KEY not in str(caught.value)
+    engine.close()
+
+
+@pytest.mark.parametrize("positions", [7, "abc", {"a": 1}, [None, {"1": {"logprob": "x"}}], [None, {str(10**30): 5}]])
+def test_prompt_logprobs_laid_out_otherwise_are_refused(positions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = server_engine(returns_ids=True)
+    monkeypatch.setattr(engine.client, "post", lambda path, body: {"choices": [{"prompt_logprobs": positions}]})
+    with pytest.raises(EngineError, match=r"positions for a prompt|prompt_logprobs are not the top"):
+        list(engine.score([window_of([0, 1])]))
+    engine.close()
+
+
+def server_engine(*, returns_ids: bool) -> ServerEngine:
+    arguments = {"base_url": "http://127.0.0.1:9/v1", "returns_ids": returns_ids}
+    return ServerEngine(
+        EngineConfig(model="m", dtype="unknown", max_model_len=64, k=K, vocab_size=100, arguments=arguments)
+    )
 
 
 def test_waiting_times(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,5 @@
 """The vllm engine without vLLM: flat log-probs are parsed, sampled rows kept, and what cannot be is refused."""
 
-import os
-import subprocess
 import sys
 import types
 from typing import Any
@@ -13,21 +11,37 @@ from vllm_windows import window_of
 
 from cache_builder.engines import make_engine
 from cache_builder.engines.base import EngineConfig
-from cache_builder.engines.child_errors import ChildErrors
-from cache_builder.engines.vllm import RESERVED, parse_flat
+from cache_builder.engines.generating import Prompt
+from cache_builder.engines.vllm import parse_flat
 from cache_builder.engines.vllm_failures import failure
+from cache_builder.engines.vllm_generate import VllmGenerator
 from cache_builder.engines.vllm_sampled import SampledRows, flat_rows_of, hook_sampler, release_sampler, rows_of
 from cache_builder.main import main
+from cache_builder.sampling import Sampling
 from storage_specs.errors import ConfigError, DeviceMemoryError, EngineError
 
 
-def test_arguments_that_the_builder_decides_are_reserved() -> None:
-    config = EngineConfig(
-        model="m", dtype="float32", max_model_len=8, k=2, vocab_size=9, arguments={"max_logprobs": "5"}
-    )
-    assert "max_logprobs" in RESERVED
-    with pytest.raises(ConfigError, match="max_logprobs is not passed to vLLM"):
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("max_logprobs", "5", "max_logprobs is not passed to vLLM"),
+        ("spec_method", "ngram", "spec_method is not passed to vLLM.*speculation corrupts"),
+        ("hf_token", "hf_very_secret", "hf_token is not passed to vLLM.*HF_TOKEN"),
+        ("kv_sharing_fast_prefill", True, "computes wrong prompt log-probabilities"),
+        ("pipeline_parallel_size", "2", "vLLM's CPU build starts with 1 only"),
+        ("hf_overrides", "[1]", "must be a JSON object"),
+        ("enforce_eager", "maybe", "vLLM does not take --enforce-eager maybe: unrecognized arguments: maybe"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # vLLM's imports
+def test_arguments_that_cannot_be_are_refused_before_vllm_starts(
+    name: str, value: str | bool, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = EngineConfig(model="m", dtype="float32", max_model_len=8, k=2, vocab_size=9, arguments={name: value})
+    with pytest.raises(ConfigError, match=message) as caught:
         make_engine("vllm", config)
+    assert "secret" not in str(caught.value)
+    assert "usage" not in capfd.readouterr().err
 
 
 def test_a_missing_or_old_vllm_is_an_engine_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,65 +85,13 @@ def test_memory_that_vllm_lacks_has_a_remedy(said: str, remedy: str) -> None:
     assert "--max-num-batched-tokens" in str(found)
 
 
-PRINTED = """(EngineCore pid=7) Traceback (most recent call last):
-(EngineCore pid=7)   File "core.py", line 1, in f
-{prefix}{cause}
-(EngineCore pid=7) Exception: WorkerProc initialization failed. See stack trace for root cause.
-[W1124 something.cpp:1] Warning: ended
-"""
-
-
-@pytest.mark.parametrize("prefix", ["", "(Worker pid=9) ", "(Worker pid=9) ERROR 11-24 16:00:00 [core.py:1510] "])
-def test_what_vllm_only_prints_is_told_as_the_cause(prefix: str) -> None:
-    ended = RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")
-
-    def found(cause: str) -> Exception:
-        return failure("teacher m: vLLM cannot load it", ended, {}, PRINTED.format(prefix=prefix, cause=cause))
-
-    memory = found("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. More.")
-    assert isinstance(memory, DeviceMemoryError)
-    assert "it: out of memory (torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB" in str(memory)
-    assert "raise --gpu" in str(found("ValueError: No available memory for the cache blocks."))
-    other = found("ValueError: no such backend")
-    assert isinstance(other, EngineError)
-    assert str(other) == "teacher m: vLLM cannot load it: ValueError: no such backend"
-
-
 def test_other_failures_of_vllm_are_told_as_they_are() -> None:
-    unknown = failure("x", RuntimeError("It ended. See root cause above."), {}, "nothing of use")
+    unknown = failure("x", RuntimeError("It ended. See root cause above."), {"gpu_memory_utilization": 0.9})
     assert isinstance(unknown, EngineError)
     assert str(unknown).startswith(
-        "x: RuntimeError: It ended. See root cause above. (where it is memory: change --gpu-"
+        "x: RuntimeError: It ended. See root cause above; where it is memory that it lacks, lower --gpu-memory-utiliz"
     )
-    assert str(failure("x", ValueError("bad flag"), {}, "KeyError: 3")) == "x: ValueError: bad flag"
-
-
-def test_what_children_print_is_passed_on_and_kept(capfd: pytest.CaptureFixture[str]) -> None:
-    """Also what they print after the block, by whoever was started inside; what is printed elsewhere is not kept."""
-    late = "import sys; sys.stdin.read(); sys.stderr.write('late\\n'); sys.stderr.write('x' * 200_000 + 'end\\n')"
-    with ChildErrors() as errors:
-        os.write(2, b"ours\n")
-        subprocess.run([sys.executable, "-c", "raise ValueError('why')"], check=False)
-        child = subprocess.Popen([sys.executable, "-c", late], stdin=subprocess.PIPE)
-    os.write(2, b"elsewhere\n")
-    assert "ours\nTraceback" in errors.text()
-    child.communicate(timeout=300)
-    assert errors.text().endswith("xend\n")
-    errors.close()
-    errors.close()
-    assert errors.text() == ""
-    err = capfd.readouterr().err
-    assert "elsewhere\n" in err
-    assert "ValueError: why\nlate\nxxx" in err.replace("elsewhere\n", "")
-    assert err.endswith("xend\n")
-
-
-def test_a_block_that_is_left_by_an_exception_keeps_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    errors = ChildErrors()
-    with pytest.raises(subprocess.CalledProcessError), errors:
-        subprocess.run([sys.executable, "-c", "raise ValueError('why')"], check=True)
-    assert "ValueError: why" in capfd.readouterr().err
-    assert errors.text() == ""
+    assert str(failure("x", ValueError("bad flag"), {})) == "x: ValueError: bad flag"
 
 
 def flat_of(entries: list[list[tuple[int, float]]]) -> Any:
@@ -216,3 +178,22 @@ def test_the_v2_sampler_is_seen_and_let_go() -> None:
     assert type(runner.sampler) is Sampler
     with pytest.raises(TypeError, match="expected self, logits, input_batch"):
         hook_sampler(types.SimpleNamespace(sampler=len, prompt_logprobs_worker=None), rows)
+
+
+@pytest.mark.parametrize(("seeds_kill", "expected"), [(True, {"seed": 2**31 - 1}), (False, {})])
+def test_where_samples_have_no_seeds_the_first_one_seeds_the_engine(
+    seeds_kill: bool, expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else --seed would change nothing on a CPU, and two replicas would write the same samples of a prompt."""
+
+    def load() -> None:
+        raise EngineError("far enough")
+
+    monkeypatch.setattr("cache_builder.engines.vllm_generate._seeds_kill", lambda: seeds_kill)
+    engine: Any = types.SimpleNamespace(flat_reason=None, arguments={}, is_loaded=False, load=load)
+    prompts = [Prompt(ids=np.arange(2), text="", turns=None, seed=seed, max_tokens=1) for seed in (2**63 - 1, 5)]
+    generator = VllmGenerator(engine, Sampling(), [])
+    with pytest.raises(EngineError, match="far enough"):
+        next(generator.generate(iter(prompts)))
+    assert engine.arguments == expected
+    assert [prompt.seed for prompt in generator._seeding(iter(prompts))] == [2**63 - 1, 5]
