@@ -37,8 +37,8 @@ def build(config: BuildConfig) -> BuildReport:
     """Build, resume or confirm the cache at `config.output`, or those of its shards that `config.shard_range` names.
 
     The teacher's weights are loaded only if a shard is missing. Whoever finds all shards there writes the manifest.
-    Raises CorpusError, ConfigError, TokenizerError, ChatTemplateError, EngineError, DriftError, CacheMismatchError,
-    CacheInUseError, OutputFolderError, StorageFullError; finished shards are kept.
+    Raises CorpusError, ConfigError, TokenizerError, ChatTemplateError, EngineError, DeviceMemoryError, DriftError,
+    CacheMismatchError, CacheInUseError, OutputFolderError, StorageFullError; finished shards are kept.
     """
     started = time.monotonic()
     prepared = prepare(config)

@@ -10,8 +10,9 @@ from typing import Protocol
 
 from cache_builder.pipeline import Job
 from cache_builder.progress import Work
-from storage_specs.errors import EngineError
+from storage_specs.errors import DeviceMemoryError, EngineError
 
+LOST = (EngineError, DeviceMemoryError)  # of one worker: others may have what it lacks
 JOBS_PER_WORKER = 3  # what it writes, what it scores, and the next: it never waits for us
 
 
@@ -26,7 +27,7 @@ class Pool(Protocol):
     def wait(self) -> tuple[int, int | None, Work | Exception]:
         """Block until there is news of a worker: (worker, shard, Work) of a finished shard, or (worker, None, error).
 
-        An EngineError means that the worker is lost; any other error is one that every worker would meet.
+        One of LOST means that the worker is lost; any other error is one that every worker would meet.
         """
 
 
@@ -34,7 +35,7 @@ def dispatch(jobs: Iterable[Job], pool: Pool, done: Callable[[int, Work], None])
     """Have every job done by some worker; `done(shard, work)` after each.
 
     A lost worker is named on stderr and its open shards are given to the others. Raises what a worker raised, and the
-    EngineError of the last worker where all are lost.
+    error of the last worker where all are lost.
     """
     coming, given_back = iter(jobs), deque[Job]()
     open_jobs: dict[int, dict[int, Job]] = {worker: {} for worker in range(pool.size)}
@@ -55,7 +56,7 @@ def dispatch(jobs: Iterable[Job], pool: Pool, done: Callable[[int, Work], None])
         if isinstance(outcome, Work):
             del open_jobs[worker][shard]
             done(shard, outcome)
-        elif isinstance(outcome, EngineError):
+        elif isinstance(outcome, LOST):
             given_back.extend(open_jobs.pop(worker, {}).values())
             if not open_jobs:
                 raise outcome

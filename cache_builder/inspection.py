@@ -131,6 +131,11 @@ def build_summary(report: "BuildReport", path: str | os.PathLike[str]) -> str:
         did = "already complete, nothing to do"
     else:
         did = "no shard of this range is missing, nothing to do"
+    if work.cut_short or work.refused:
+        did += (
+            f"\n{work.cut_short:,} completions were cut by max_model_len, before max_tokens; {work.refused:,} were "
+            "refused, because they are no UTF-8"
+        )
     if report.manifest is None:
         return (
             f"{path}: {did}\n{report.shards_missing:,} shards of other ranges are missing; who writes the last ends it"

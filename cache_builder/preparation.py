@@ -1,11 +1,13 @@
 """What a build decides before the teacher's weights are loaded: documents, teacher, engine, plan, settings."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cache_builder.build_config import BuildConfig
 from cache_builder.engines import choose_engine, make_engine
-from cache_builder.engines.base import Engine, EngineConfig, check_window
+from cache_builder.engines.base import EngineConfig, check_window
+from cache_builder.engines.interface import Engine
 from cache_builder.extension import extended
 from cache_builder.prompts import read_prompts
 from cache_builder.rows import Cutter
@@ -62,8 +64,10 @@ def prepare(config: BuildConfig) -> Preparation:
     if sampling is None:
         _rehearse(cutter, documents, engine.config)
     else:
-        for document in documents[:: sampling.n]:
-            make_prompt(cutter, document, sampling, 0, engine.config)
+        prompts = (make_prompt(cutter, document, sampling, 0, engine.config) for document in documents[:: sampling.n])
+        sizes = [len(prompt.ids) for prompt in prompts]
+        if cutter.tokenizer is not None:
+            _check_room(sizes, sampling.max_tokens, engine.config.max_model_len)
     recipe = Recipe(
         output=config.output,
         settings=_settings(
@@ -163,6 +167,25 @@ def _rehearse(cutter: Cutter, documents: Sequence[Document], config: EngineConfi
     for document in documents if suspect else filter(None, first_of_kind):
         for window in cutter.windows(document):
             check_window(window, config)
+
+
+def _check_room(sizes: Sequence[int], max_tokens: int, max_model_len: int) -> None:
+    """Says on stderr how many prompts, of so many tokens, leave less room than `max_tokens`: their completions may be
+    cut. Raises ConfigError where no prompt could leave as much."""
+    if max_tokens >= max_model_len:
+        raise ConfigError(
+            f"max_tokens is {max_tokens}, but a prompt and its completion have {max_model_len} tokens together "
+            "(max_model_len): lower --max_tokens, or raise --max_model_len"
+        )
+    short = sum(size + max_tokens > max_model_len for size in sizes)
+    if short:
+        longest = max(sizes)
+        print(
+            f"max_tokens {max_tokens}: {short:,} of {len(sizes):,} prompts leave less room in max_model_len "
+            f"{max_model_len} (the longest, of {longest} tokens, leaves {max_model_len - longest}), where their "
+            f"completions may be cut; --max_model_len {longest + max_tokens} would have room for all",
+            file=sys.stderr,
+        )
 
 
 def _settings(

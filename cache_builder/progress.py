@@ -15,17 +15,20 @@ from storage_specs.document import Document
 class Work:
     """tokens: read by the teacher, prefixes and overlaps included. windows_cut: windows beyond a document's first.
 
-    refused: completions that are no UTF-8.
+    refused: completions that are no UTF-8. cut_short: those that ended where the model's length does, before their
+    max_tokens.
     """
 
     tokens: int = 0
     windows_cut: int = 0
     refused: int = 0
+    cut_short: int = 0
 
     def add(self, other: "Work") -> None:
         self.tokens += other.tokens
         self.windows_cut += other.windows_cut
         self.refused += other.refused
+        self.cut_short += other.cut_short
 
 
 class Progress:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cache_builder.dispatch import LOST
 from cache_builder.pipeline import Job
 from cache_builder.progress import Progress, Work
 from cache_builder.shard_worker import Recipe, ShardWorker
@@ -73,7 +74,7 @@ class RayPool:
             work, error = None, EngineError(f"Ray lost an actor: {type(lost).__name__}")
         if error is None:
             return worker, shard, work
-        if isinstance(error, EngineError):
+        if isinstance(error, LOST):
             for reference in [reference for reference, (number, _) in self.open.items() if number == worker]:
                 del self.open[reference]
             ray.kill(self.actors[worker])

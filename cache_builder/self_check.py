@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from cache_builder.engines.base import Engine, EngineConfig, WindowScores
+from cache_builder.engines.base import EngineConfig, WindowScores
 from cache_builder.engines.generating import Generator, Prompt
+from cache_builder.engines.interface import Engine
 from cache_builder.rows import Cutter
 from cache_builder.teacher import WEIGHT_PATTERNS
 from storage_specs.document import Document

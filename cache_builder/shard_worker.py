@@ -16,8 +16,9 @@ import numpy as np
 from cache_builder.completions import completed
 from cache_builder.encoders import ShardEncoders, encoder_count
 from cache_builder.engines import gpu_count, make_engine
-from cache_builder.engines.base import Engine, EngineConfig
+from cache_builder.engines.base import EngineConfig
 from cache_builder.engines.generating import Generation, Generator, Prompt
+from cache_builder.engines.interface import Engine
 from cache_builder.pipeline import (
     COMMITTING,
     WRITERS,
@@ -164,6 +165,9 @@ class ShardWorker:
             ]
             work.tokens += sum(len(generation.scores.gold_logprob) for generation in results)
             work.refused = generation_record(finished)["refused"]
+            most = self.recipe.sampling.max_tokens
+            lengths = [len(item.scores.gold_logprob) for item in results if item.finish_reason == "length"]
+            work.cut_short = sum(length < most for length in lengths)
             return finished
 
         work = Work(tokens=sum(len(prompt.ids) for prompt in prompts))

@@ -1,6 +1,7 @@
 """A cache's documents as a map-style dataset: training and held-out documents apart, numbered shard after shard."""
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
@@ -20,8 +21,9 @@ class CachedDocuments(Dataset[CachedDocument]):
     """The documents of a cache that may be trained on, or with `held_out` those that never are.
 
     Documents without a single teacher row are left out of both. Items are decoded and verified when asked for;
-    asked for a `MicroBatch`, the dataset keeps the decoded shards that it names as open and no others, so that an
-    epoch decodes each once. `cache` is an open cache, or its folder or URL, of which ids are read only with `ids`;
+    asked for a `MicroBatch`, the dataset reads the shards that it names as open at the same time, and keeps these
+    decoded and no others, so that an epoch decodes each once. What cannot be read raises where a document of it is
+    asked for. `cache` is an open cache, or its folder or URL, of which ids are read only with `ids`;
     `documents` takes only the first so many, `excluded` leaves those of a list out. documents_per_shard: (shards,)
     int64. quarantine: where broken shards go, whose documents are then missing from micro-batches; None = they
     raise. Raises what `open_cache` raises.
@@ -50,7 +52,7 @@ class CachedDocuments(Dataset[CachedDocument]):
         )
         self._offsets = np.concatenate([[0], np.cumsum(self.documents_per_shard)])
         self.quarantine: Quarantine | None = None
-        self._open: dict[int, Columns] = {}
+        self._open: dict[int, Future[Columns]] = {}
         self._lock = Lock()  # batches are prepared in a thread of their own
 
     def __len__(self) -> int:
@@ -71,12 +73,11 @@ class CachedDocuments(Dataset[CachedDocument]):
         if not isinstance(indices, MicroBatch):
             return [self[index] for index in indices]
         with self._lock:
-            self._open = {shard: self._open[shard] for shard in indices.open_shards if shard in self._open}
+            self._read_open_shards(indices)
             places = [self.place_of(index) for index in indices]
-            for shard in dict.fromkeys(shard for shard, _ in places):
-                if shard not in self._open and not self._is_quarantined(shard, indices.epoch):
-                    self._read(shard, indices.epoch)
-            return [self._open[shard].document(number) for shard, number in places if shard in self._open]
+            needed = dict.fromkeys(shard for shard, _ in places)
+            found = {shard: self._columns(shard, indices.epoch) for shard in needed}
+            return [columns.document(number) for shard, number in places if (columns := found[shard]) is not None]
 
     def sample(self, count: int, skip_broken: bool = False) -> list[CachedDocument]:
         """The first documents; skip_broken: without those of shards that do not verify, which raise otherwise."""
@@ -100,19 +101,34 @@ class CachedDocuments(Dataset[CachedDocument]):
         members = np.flatnonzero(self._wanted[self._first[shard] : self._first[shard + 1]])
         return shard, int(members[index - self._offsets[shard]])
 
-    def _is_quarantined(self, shard: int, epoch: int) -> bool:
-        return self.quarantine is not None and self.quarantine.covers(shard, epoch)
+    def _read_open_shards(self, batch: MicroBatch) -> None:
+        """Let go of shards that are open no longer, and read those that are new all at once: an epoch opens with a
+        whole window of them, and a remote store's answers are long in coming."""
+        wanted = [shard for shard in batch.open_shards if not self._is_quarantined(shard, batch.epoch)]
+        self._open = {shard: self._open[shard] for shard in wanted if shard in self._open}
+        new = [shard for shard in wanted if shard not in self._open]
+        if new:
+            with ThreadPoolExecutor(len(new), thread_name_prefix="shard-reader") as threads:  # at most M + 1
+                self._open |= {shard: threads.submit(self.cache.read_columns, shard) for shard in new}
 
-    def _read(self, shard: int, epoch: int) -> None:
+    def _columns(self, shard: int, epoch: int) -> Columns | None:
+        """An open shard, or None where it is quarantined, from now on maybe. Raises what reading it did, once."""
+        if shard not in self._open:
+            return None
         try:
-            self._open[shard] = self.cache.read_columns(shard)
-        except CorruptCacheError as error:
-            if self.quarantine is None:
+            return self._open[shard].result()
+        except Exception as error:
+            del self._open[shard]
+            if self.quarantine is None or not isinstance(error, CorruptCacheError):
                 raise
             first = self._first[shard]
             lost = first + np.flatnonzero(self._wanted[first : self._first[shard + 1]])
             documents = [(self.cache.doc_ids[number], self.cache.rows_D[number]) for number in lost.tolist()]
             self.quarantine.add(shard, epoch, error, documents)
+            return None
+
+    def _is_quarantined(self, shard: int, epoch: int) -> bool:
+        return self.quarantine is not None and self.quarantine.covers(shard, epoch)
 
     @property
     def text_bytes(self) -> np.ndarray:

@@ -5,7 +5,6 @@ Legend: R labels, V student vocabulary.
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from distill.head import picked_logits
 from distill.held_out import held_out_documents, held_out_figures
 from distill.look_ahead import check_look_ahead, look_ahead, look_ahead_warning
 from distill.mixed_precision import keep_output_dtype
+from distill.out_of_memory import SMALLER, SMALLER_EVALUATION, in_memory, micro_batch
 from distill.packing import check_packing
 from distill.probe import GradientProbe, HarmWatch, warning
 from distill.progress import TokenProgress
@@ -42,7 +42,8 @@ from distill.sampler import EpochBatches
 from distill.step_log import NO_COUNTS, StepLog, batch_counts
 from distill.step_loss import UNITS, StepLoss
 from distill.stream import Stream
-from storage_specs.errors import CheckpointError, ConfigError, CorruptCacheError, TeachOnceError
+from distill.trainer_setup import setting_up
+from storage_specs.errors import CheckpointError, CorruptCacheError, TeachOnceError
 
 
 class CachedDistillationTrainer(Trainer):
@@ -56,8 +57,8 @@ class CachedDistillationTrainer(Trainer):
     documents are added): checkpoints record it, and one of another run is refused.
 
     Takes what `transformers.Trainer` takes, without the arguments that say where data and losses come from. Raises
-    TokenizerError, ConfigError, AlignmentError (nothing to compare), CheckpointError, NonFiniteLossError (naming the
-    documents of the batch), and in saving StorageFullError, OutputFolderError.
+    TokenizerError, ConfigError, AlignmentError (nothing to compare), CheckpointError, NonFiniteLossError and
+    DeviceMemoryError (naming the documents of the batch), and in saving StorageFullError, OutputFolderError.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class CachedDistillationTrainer(Trainer):
         )
         if eval_dataset is None and (args.eval_strategy != "no" or args.probe_steps):
             eval_dataset = held_out_documents(train_dataset.cache, train_dataset.excluded)
-        with _setting_up():
+        with setting_up():
             super().__init__(
                 model=model,
                 args=args,
@@ -174,10 +175,8 @@ class CachedDistillationTrainer(Trainer):
 
     def _stop_without_batches(self, failure: TeachOnceError | None) -> None:
         """Keep what was learned, then raise; failure: this rank's, or None where it was another's."""
-        step = self.state.global_step
-        if step and self.last_saved_step() != step:
-            self._save_checkpoint(self.model_wrapped, None)
-        after = f"training stopped after step {step}, from which the same command resumes"
+        self.save_last_step()
+        after = f"training stopped after step {self.state.global_step}, from which the same command resumes"
         if failure is None:
             raise CorruptCacheError(f"another process could not read its documents (its error says why); {after}")
         if isinstance(failure, CorruptCacheError):
@@ -191,6 +190,13 @@ class CachedDistillationTrainer(Trainer):
         return super()._prepare_input(data)
 
     # ---- loss
+
+    def training_step(self, model: torch.nn.Module, inputs: Batch, *arguments: Any, **options: Any) -> torch.Tensor:
+        """Trainer's. Raises DeviceMemoryError; in a look-ahead what torch raises, until everything is put back."""
+        if self.is_looking_ahead:
+            return super().training_step(model, inputs, *arguments, **options)
+        with in_memory(self, micro_batch(inputs, self.state.global_step), SMALLER):
+            return super().training_step(model, inputs, *arguments, **options)
 
     def compute_loss(
         self,
@@ -259,9 +265,11 @@ class CachedDistillationTrainer(Trainer):
         Raises AlignmentError where there are none, or no bytes that both score.
         """
         documents = eval_dataset or self.eval_dataset or held_out_documents(self.train_dataset.cache)
-        found = held_out_figures(self.model, self.processing_class, documents, self.args, self.accelerator)
-        if self.args.look_ahead_steps and self.args.mixture.of_teacher and self.is_in_train:
-            found |= look_ahead(self, documents)
+        at_a_time = f"held-out documents, {self.args.per_device_eval_batch_size} x {self.args.max_length} tokens"
+        with in_memory(self, at_a_time, SMALLER_EVALUATION):
+            found = held_out_figures(self.model, self.processing_class, documents, self.args, self.accelerator)
+            if self.args.look_ahead_steps and self.args.mixture.of_teacher and self.is_in_train:
+                found |= look_ahead(self, documents)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self._warn(look_ahead_warning(self.state.log_history, self.args.mixture))
@@ -287,11 +295,11 @@ class CachedDistillationTrainer(Trainer):
             replaced = self.train_dataset.cache.manifest.replaces if self.args.accept_repaired else ()
             check_checkpoint(Path(resume_from_checkpoint), self.run, replaced)
         if self.args.mixture.of_teacher and self.comparison is None:
-            self.comparison = compare(
-                self.train_dataset.sample(SAMPLE_DOCUMENTS, self.args.on_corrupt == "quarantine"), self.data_collator
-            )
+            sample = self.train_dataset.sample(SAMPLE_DOCUMENTS, self.args.on_corrupt == "quarantine")
+            self.comparison = compare(sample, self.data_collator)
         try:
-            output = super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **options)
+            with in_memory(self, "the optimizer, or what is beside the model", SMALLER, whole=False):
+                output = super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **options)
         finally:
             self.stream.close()
         self.finite.check()
@@ -304,12 +312,12 @@ class CachedDistillationTrainer(Trainer):
 
     def create_optimizer(self, *arguments: Any, **options: Any) -> torch.optim.Optimizer:
         """Trainer's; packages that an optimizer needs are missed only here. Raises ConfigError."""
-        with _setting_up():
+        with setting_up():
             return super().create_optimizer(*arguments, **options)
 
     def create_scheduler(self, *arguments: Any, **options: Any) -> Any:
         """Trainer's. Raises ConfigError."""
-        with _setting_up():
+        with setting_up():
             return super().create_scheduler(*arguments, **options)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
@@ -330,18 +338,13 @@ class CachedDistillationTrainer(Trainer):
             if keep:
                 remove_old_checkpoints(folder.parent, keep, self.state.best_model_checkpoint)
 
+    def save_last_step(self) -> None:
+        """A checkpoint of the last whole step, if there was one and it is not saved yet."""
+        step = self.state.global_step
+        if step and self.last_saved_step() != step:
+            self._save_checkpoint(self.model_wrapped, None)
+
     def last_saved_step(self) -> int | None:
         """The step of the newest whole checkpoint."""
         newest = last_whole_checkpoint(Path(self.args.output_dir))
         return None if newest is None else int(newest.name.rpartition("-")[2])
-
-
-@contextmanager
-def _setting_up() -> Iterator[None]:
-    """Types what Trainer raises for arguments that it, or a package it needs, cannot work with: ConfigError."""
-    try:
-        yield
-    except TeachOnceError:
-        raise
-    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"training arguments: {type(error).__name__}: {error}") from error

@@ -5,7 +5,7 @@ read: a damaged one is fetched again. One process fetches an object while others
 that the store is read once per host. Beyond the bound the files go that were not used for longest.
 
     CACHE_DIR/objects/1f/<sha256 of URL, name, size, crc32c>    CACHE_DIR/used    bytes promised so far
-    CACHE_DIR/locks/1f, locks/used                              CACHE_DIR/writing  files not yet in place
+    CACHE_DIR/locks/1f3, locks/used                             CACHE_DIR/writing  files not yet in place
 """
 
 import fcntl
@@ -68,7 +68,7 @@ class DiskCache(Objects):
         file = self._file_of(stored)
         data = _intact(file, stored)
         if data is None:
-            with _locked(self.folder / "locks" / file.parent.name):
+            with _locked(self.folder / "locks" / file.name[:3]):  # so many that few objects ever share one
                 data = _intact(file, stored)  # another process may have brought it meanwhile
                 if data is None:
                     data = self.source.fetch(stored)

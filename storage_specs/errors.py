@@ -29,6 +29,10 @@ class EngineError(TeachOnceError, RuntimeError):
     """A scoring engine is missing, refused its arguments, or returned rows that cannot be right."""
 
 
+class DeviceMemoryError(TeachOnceError, MemoryError):
+    """A model, or what it was given at a time, needs more memory than its device has; what was finished is kept."""
+
+
 class DriftError(TeachOnceError, ValueError):
     """An engine's rows differ from an independent forward pass by more than rounding."""
 

@@ -92,7 +92,12 @@ def parser(command: str = "build", *, without: Collection[str] = (), optional: C
     add("--n", type=int, metavar="N", help="mode generate: completions per prompt (1)")
     add("--stop", action="append", metavar="TEXT", help="mode generate: ends a completion; may be given several times")
     add("--seed", type=int, metavar="N", help="mode generate: seed of all samples (0)")
-    add("--max_tokens", type=int, metavar="N", help="mode generate: tokens per completion (256)")
+    add(
+        "--max_tokens",
+        type=int,
+        metavar="N",
+        help="mode generate: most tokens of a completion, in what max_model_len leaves (256)",
+    )
     return flags
 
 

@@ -2,7 +2,8 @@
 
 from importlib.util import find_spec
 
-from cache_builder.engines.base import Engine, EngineConfig
+from cache_builder.engines.base import EngineConfig
+from cache_builder.engines.interface import Engine
 from storage_specs.errors import ConfigError
 
 ENGINES = ("transformers", "vllm", "server")

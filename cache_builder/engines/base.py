@@ -1,20 +1,15 @@
-"""What the builder asks of an engine, and the one order in which every engine's rows are stored.
+"""What every engine is told and what rows it gives, in the one order in which all engines' rows are stored.
 
 Legend: R rows of one window, K top-k ranks, J tail bins, L tokens of one window.
 """
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from storage_specs.errors import ConfigError, EngineError
 from storage_specs.windows import Window
-
-if TYPE_CHECKING:
-    from cache_builder.engines.generating import Generator
-    from cache_builder.sampling import Sampling
 
 MASS_TOLERANCE = 1e-3  # a top-k that sums to more than 1 by this much, or a log-probability above it, is no rounding
 
@@ -67,25 +62,6 @@ class WindowScores:
     token_ids: np.ndarray
     tail_mass: np.ndarray
     tail_bins: np.ndarray | None = None
-
-
-class Engine(Protocol):
-    """Scores windows. `describe()` works before the weights are loaded; `score` loads them, `close` lets them go."""
-
-    config: EngineConfig
-
-    def describe(self) -> dict[str, Any]:
-        """What the manifest says of the engine: name, version, dtype, attention backend, and what alters its values."""
-
-    def score(self, windows: Iterable[Window]) -> Iterator[WindowScores]:
-        """One WindowScores per window, in order. Uses `ids`, `logits_index` and `target_ids` only; may take windows
-        ahead of what it has given. EngineError."""
-
-    def generator(self, sampling: "Sampling", words: list[bytes | None]) -> "Generator":
-        """Writes completions with this engine. words: the bytes of every id, in which stop strings are looked for."""
-
-    def close(self) -> None:
-        """Give back processes and memory; the next `score` loads again."""
 
 
 def window_scores(

@@ -49,7 +49,7 @@ class Generator(Protocol):
     """Writes completions with an engine that is loaded when it first writes."""
 
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[Generation]:
-        """One Generation per prompt, in order. Raises EngineError."""
+        """One Generation per prompt, in order. Raises EngineError, DeviceMemoryError."""
 
 
 class StopStrings:

@@ -18,9 +18,14 @@ from cache_builder.engines.base import EngineConfig, WindowScores, check_window,
 from cache_builder.engines.generating import Generator
 from cache_builder.engines.reduction import tail_masses, top_k
 from cache_builder.sampling import Sampling
+from storage_specs.device_memory import memory_for
 from storage_specs.errors import ConfigError, EngineError
 from storage_specs.windows import Window
 
+REMEDY = (
+    "finished shards are kept: free the memory and run the same command again, or build elsewhere with --engine vllm, "
+    "a narrower --dtype or a smaller --max_model_len"
+)
 # Logits turned to float32 at a time: what stays in a CPU's cache (measured: a quarter of all time); plenty for a GPU.
 LOGITS_PER_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}
 
@@ -51,11 +56,13 @@ class TransformersEngine:
     def score(self, windows: Iterable[Window]) -> Iterator[WindowScores]:
         for window in windows:
             check_window(window, self.config)
-            yield self._score(window)
+            with memory_for(f"teacher {self.config.model}: a window of {len(window.ids)} tokens", REMEDY):
+                scores = self._score(window)
+            yield scores
 
     @torch.inference_mode()
     def _score(self, window: Window) -> WindowScores:
-        model = self._load()
+        model = self.load()
         index_R = torch.from_numpy(window.logits_index).to(self.device)
         target_R = torch.from_numpy(window.target_ids).to(self.device)
         ids = torch.from_numpy(window.ids).to(self.device)[None]
@@ -85,7 +92,8 @@ class TransformersEngine:
     def close(self) -> None:
         self._model = None
 
-    def _load(self) -> torch.nn.Module:
+    def load(self) -> torch.nn.Module:
+        """The teacher's model, loaded by the first call. Raises EngineError, DeviceMemoryError."""
         if self._model is None:
             if not sys.stderr.isatty():
                 transformers.utils.logging.disable_progress_bar()
@@ -103,7 +111,8 @@ class TransformersEngine:
                     f"teacher {self.config.model}: {len(unread)} weights are missing from its files or have the wrong "
                     f"shape ({', '.join(unread[:3])}{', ...' if len(unread) > 3 else ''}): fetch the model again"
                 )
-            self._model = model.to(self.device).eval()
+            with memory_for(f"teacher {self.config.model}: its weights", REMEDY):
+                self._model = model.to(self.device).eval()
         return self._model
 
 

@@ -13,8 +13,9 @@ import torch
 from cache_builder.engines.base import window_scores
 from cache_builder.engines.generating import Generation, Prompt, StopStrings
 from cache_builder.engines.reduction import tail_masses, top_k
-from cache_builder.engines.transformers import TransformersEngine
+from cache_builder.engines.transformers import REMEDY, TransformersEngine
 from cache_builder.sampling import Sampling
+from storage_specs.device_memory import memory_for
 
 
 class TransformersGenerator:
@@ -25,11 +26,14 @@ class TransformersGenerator:
 
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[Generation]:
         for prompt in prompts:
-            yield self._generate(prompt)
+            tokens = f"{len(prompt.ids)} tokens and up to {prompt.max_tokens} more"
+            with memory_for(f"teacher {self.engine.config.model}: a prompt of {tokens}", REMEDY):
+                generation = self._generate(prompt)
+            yield generation
 
     @torch.inference_mode()
     def _generate(self, prompt: Prompt) -> Generation:
-        model, device = self.engine._load(), self.engine.device
+        model, device = self.engine.load(), self.engine.device
         random = torch.Generator().manual_seed(prompt.seed)
         stop, ends = StopStrings(self.sampling.stop), set(self.sampling.stop_token_ids)
         reading, keys = torch.from_numpy(prompt.ids).to(device)[None], None

@@ -21,6 +21,7 @@ import numpy as np
 from cache_builder.engines.base import EngineConfig, WindowScores, check_window, ordered_scores, window_scores
 from cache_builder.engines.generating import Generator
 from cache_builder.engines.vllm_capture import EXTENSION, keep_arrays, version_problem
+from cache_builder.engines.vllm_failures import failure
 from cache_builder.sampling import Sampling
 from storage_specs.errors import ConfigError, EngineError
 from storage_specs.windows import Window
@@ -179,10 +180,10 @@ class VllmEngine:
                     self._requests += 1
                     waiting[name] = window
                     tokens += len(window.ids)
-                    _ask(engine.add_request, name, {"prompt_token_ids": window.ids.tolist()}, parameters)
+                    self.ask(engine.add_request, name, {"prompt_token_ids": window.ids.tolist()}, parameters)
                 if not waiting:
                     return
-                for output in _ask(engine.step):
+                for output in self.ask(engine.step):
                     if output.finished:
                         done[output.request_id] = read(output.prompt_logprobs, waiting[output.request_id], self.config)
                 while waiting and (name := next(iter(waiting))) in done:
@@ -195,7 +196,7 @@ class VllmEngine:
                     engine.abort_request(unfinished)
 
     def load(self) -> Any:
-        """The `vllm.LLM`, loaded by the first call. Raises EngineError."""
+        """The `vllm.LLM`, loaded by the first call. Raises EngineError, DeviceMemoryError."""
         if self._llm is None:
             os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
             # A fork of a process that has asked for its GPUs cannot use them, nor can one inherit our threads.
@@ -216,10 +217,17 @@ class VllmEngine:
                     **self.arguments,
                 )
             except Exception as error:  # pydantic, CUDA, memory: all of them mean that the engine did not start
-                raise EngineError(f"teacher {self.config.model}: vLLM cannot load it: {error}") from error
+                raise failure(f"teacher {self.config.model}: vLLM cannot load it", error, self.arguments) from error
             if self.flat_reason is None:
                 self.start_capture()
         return self._llm
+
+    def ask(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        """What vLLM answers. Raises EngineError, DeviceMemoryError."""
+        try:
+            return method(*arguments)
+        except Exception as error:  # the engine's process died, ran out of memory, or refused the request
+            raise failure(f"teacher {self.config.model}: vLLM failed", error, self.arguments) from error
 
     def start_capture(self) -> None:
         """Hook the worker for `config`'s k and rank edges; `flat_reason` says why not, where that fails."""
@@ -236,13 +244,6 @@ class VllmEngine:
     def stop_capture(self) -> None:
         """From here on prompt log-probabilities are vLLM's own."""
         self.load().collective_rpc("capture_stop")
-
-
-def _ask(method: Callable[..., Any], *arguments: Any) -> Any:
-    try:
-        return method(*arguments)
-    except Exception as error:  # the engine's process died, ran out of memory, or refused the request
-        raise EngineError(f"vLLM failed while scoring: {type(error).__name__}: {error}") from error
 
 
 def _defaults(config: EngineConfig) -> dict[str, Any]:

@@ -53,10 +53,10 @@ class VllmGenerator:
                     self._requests += 1
                     running[name] = StopStrings(self.sampling.stop)
                     request = {"prompt_token_ids": prompt.ids.tolist()}
-                    _ask(core.add_request, name + SEPARATOR, request, self._parameters(prompt))
+                    self.engine.ask(core.add_request, name + SEPARATOR, request, self._parameters(prompt))
                 if not running:
                     return
-                for output in _ask(core.step):
+                for output in self.engine.ask(core.step):
                     name = output.request_id.removesuffix(SEPARATOR)
                     stop_reason = self._stopped(output, running[name]) if self.sampling.stop else None
                     if stop_reason is not None:
@@ -89,7 +89,7 @@ class VllmGenerator:
         problem = self.engine.flat_reason or "the worker was not asked to keep them"
         if self.kept:
             arguments = (self.engine.config.k, None if edges is None else list(edges))
-            problem = next(filter(None, _ask(llm.collective_rpc, "capture_sampled", None, arguments)), None)
+            problem = next(filter(None, self.engine.ask(llm.collective_rpc, "capture_sampled", None, arguments)), None)
             self.kept = problem is None
         if self.kept:
             return
@@ -103,7 +103,7 @@ class VllmGenerator:
     def _finished(self, llm: Any, ended: dict[str, tuple[Any, str | None]]) -> dict[str, Generation]:
         if not self.kept:
             return {name: self._generation(output, None, reason) for name, (output, reason) in ended.items()}
-        answers = next(filter(None, _ask(llm.collective_rpc, "capture_take", None, (list(ended),))))
+        answers = next(filter(None, self.engine.ask(llm.collective_rpc, "capture_take", None, (list(ended),))))
         return {
             name: self._generation(output, answer, reason)
             for (name, (output, reason)), answer in zip(ended.items(), answers, strict=True)
@@ -165,10 +165,3 @@ def _seeds_kill() -> bool:
     from vllm.platforms import current_platform
 
     return current_platform.is_cpu()
-
-
-def _ask(call: Any, *arguments: Any) -> Any:
-    try:
-        return call(*arguments)
-    except Exception as error:  # the engine's process died, ran out of memory, or refused the request
-        raise EngineError(f"vLLM failed while generating: {type(error).__name__}: {error}") from error

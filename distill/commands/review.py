@@ -87,6 +87,7 @@ def _make(namespace: argparse.Namespace, name: str, model: str) -> int:
     from distill.review.sheet import as_csv, sheet_rows
     from distill.students import evaluated_digest, load_model, load_tokenizer
     from distill.text_files import write_text
+    from storage_specs.device_memory import memory_for
     from storage_specs.reader import open_cache
 
     cache = open_cache(namespace.cache, corpus=namespace.corpus)
@@ -105,17 +106,19 @@ def _make(namespace: argparse.Namespace, name: str, model: str) -> int:
         "max_documents": namespace.max_documents,
         "exclude_documents": None if excluded is None else excluded.identity,
     }
-    student = load_model(model, "float32").to("cuda" if torch.cuda.is_available() else "cpu")
     first = namespace.output_file[0]
     progress = first.with_name(f".{first.name}.progress")
-    documents = Reviewer(cache, student, load_tokenizer(model), batch_size=namespace.batch_size, **rendering).worst(
-        progress,
-        identity,
-        split=namespace.split,
-        top=namespace.top,
-        max_documents=namespace.max_documents,
-        excluded=excluded,
-    )
+    at_a_time = f"model {name}, {namespace.batch_size} windows of at most {namespace.max_length} tokens at a time"
+    with memory_for(at_a_time, "what is scored is kept, and the same command goes on: try a smaller --batch_size"):
+        student = load_model(model, "float32").to("cuda" if torch.cuda.is_available() else "cpu")
+        documents = Reviewer(cache, student, load_tokenizer(model), batch_size=namespace.batch_size, **rendering).worst(
+            progress,
+            identity,
+            split=namespace.split,
+            top=namespace.top,
+            max_documents=namespace.max_documents,
+            excluded=excluded,
+        )
     rows = sheet_rows(documents, name, cache.manifest.cache_id)
     title = f"{name} and {cache.manifest.teacher.get('name')}: where they disagree"
     for path in namespace.output_file:

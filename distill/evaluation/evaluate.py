@@ -22,6 +22,7 @@ from distill.evaluation.tasks import Task
 from distill.exclusions import Exclusions
 from distill.scoring import Scores, score
 from distill.students import evaluated_digest, load_model, load_tokenizer, model_folder, parameter_count
+from storage_specs.device_memory import memory_for
 from storage_specs.document import CachedDocument
 from storage_specs.errors import CacheMismatchError, ConfigError
 from storage_specs.model_identity import weights_digest
@@ -30,6 +31,10 @@ from storage_specs.reader import Cache
 __all__ = ["Evaluation", "evaluate"]
 
 BITS_PER_BYTE = "bits_per_byte"
+SMALLER = (
+    "with --output_file what is finished is kept, and the same command goes on: try a smaller --batch_size, or begin "
+    "again with --dtype bfloat16, or a smaller --max_length or --max_new_tokens"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +80,8 @@ def evaluate(evaluation: Evaluation, output_file: Path | None = None) -> Report:
     """Measure; with `output_file` the report is written there, and what is finished is kept beside it on the way.
 
     FILE.partial holds what an interrupted call leaves and the same call takes up; FILE.predictions the answers in the
-    end. Raises AlignmentError (nothing is scored by all), ConfigError, EvaluationError, StorageFullError.
+    end. Raises AlignmentError (nothing is scored by all), ConfigError, EvaluationError, StorageFullError, and
+    DeviceMemoryError.
     """
     task = evaluation.task and evaluation.task.first(evaluation.max_examples)
     metric_names = chosen_metrics(task, evaluation.metrics) if task else []
@@ -97,15 +103,16 @@ def evaluate(evaluation: Evaluation, output_file: Path | None = None) -> Report:
         student = _Student(path, dtype)
         metrics: dict[str, Metric] = {}
         notes: tuple[str, ...] = ()
-        if evaluation.cache is not None and name != TEACHER:
-            scores[name] = _scores(student, name, held_out, held_out_is, evaluation.how, partial)
-        if task is not None:
-            found = _answers(student, name, task, evaluation.how, partial)
-            metrics = task_metrics(task, {one.id: one.text for one in found}, metric_names)
-            notes = _notes(found)
-        if evaluation.lm_eval is not None:
-            lm_eval = _lm_eval_figures(student, name, evaluation.lm_eval, evaluation.how.batch_size, partial)
-            metrics |= lm_eval_metrics(lm_eval)
+        with memory_for(_at_a_time(name, evaluation), SMALLER):
+            if evaluation.cache is not None and name != TEACHER:
+                scores[name] = _scores(student, name, held_out, held_out_is, evaluation.how, partial)
+            if task is not None:
+                found = _answers(student, name, task, evaluation.how, partial)
+                metrics = task_metrics(task, {one.id: one.text for one in found}, metric_names)
+                notes = _notes(found)
+            if evaluation.lm_eval is not None:
+                lm_eval = _lm_eval_figures(student, name, evaluation.lm_eval, evaluation.how.batch_size, partial)
+                metrics |= lm_eval_metrics(lm_eval)
         models[name] = ModelReport(
             model=path, digest=student.digest, parameters=student.parameters, metrics=metrics, notes=notes
         )
@@ -113,7 +120,8 @@ def evaluate(evaluation: Evaluation, output_file: Path | None = None) -> Report:
     if inference is not None:  # at last, when no other model is in memory
         about = machine()
         for name, path in paths.items():
-            sheet = sheet_of(measure_apart(path, inference), inference, about)
+            with memory_for(f"model {name}, {len(inference.texts)} texts at a time", SMALLER):
+                sheet = sheet_of(measure_apart(path, inference), inference, about)
             models[name] = replace(models[name], sheet=sheet)
     report = Report(subjects=_subjects(evaluation, task, lm_eval), models=models, dtype=dtype)
     if evaluation.cache is not None:
@@ -182,7 +190,7 @@ def _scores(
 
 
 def _answers(student: _Student, name: str, task: Task, how: Answering, partial: Path | None) -> list[Answer]:
-    """One per example; only those that are not there yet are asked for."""
+    """One per example; only those that are not there yet are asked for, of any batch size."""
     whose = {"digest": student.digest, "dtype": student.dtype, "task": task.digest} | _settings(how)
     file = AnswerFile(partial and partial / f"{name}.jsonl", whose)
     rest = [example for example in task.examples if example.id not in file.answers]
@@ -203,6 +211,12 @@ def _lm_eval_figures(
     )
 
 
+def _at_a_time(name: str, evaluation: Evaluation) -> str:
+    """What of a model takes memory, for a message."""
+    how = evaluation.how
+    return f"model {name}, {how.batch_size} prompts or windows of at most {how.max_length} tokens at a time"
+
+
 def _notes(found: Sequence[Answer]) -> tuple[str, ...]:
     """What makes answers say less than they seem to."""
     empty, cut = sum(not one.text for one in found), sum(one.prompt_cut > 0 for one in found)
@@ -215,7 +229,8 @@ def _notes(found: Sequence[Answer]) -> tuple[str, ...]:
 
 
 def _settings(how: Answering) -> dict[str, Any]:
-    return asdict(how) | {"stop": list(how.stop)}
+    """What answers depend on: not the batch size, which may be lowered where memory is too small."""
+    return {name: value for name, value in asdict(how).items() if name != "batch_size"} | {"stop": list(how.stop)}
 
 
 def _subjects(
@@ -223,8 +238,8 @@ def _subjects(
 ) -> dict[str, dict[str, Any]]:
     subjects: dict[str, dict[str, Any]] = {}
     if task is not None:
-        settings = {name: value for name, value in _settings(evaluation.how).items() if name != "batch_size"}
-        subjects["task"] = {"name": task.name, "digest": task.digest, "examples": len(task.examples), **settings}
+        about = {"name": task.name, "digest": task.digest, "examples": len(task.examples)}
+        subjects["task"] = about | _settings(evaluation.how)
     if evaluation.lm_eval is not None:
         subjects["lm_eval"] = evaluation.lm_eval.identity | {"tasks": tasks_text(lm_eval)}
     return subjects

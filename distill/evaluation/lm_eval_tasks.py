@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.evaluation.report import PERCENT, Metric
 from storage_specs.command_line import nearest
+from storage_specs.device_memory import memory_refusal
 from storage_specs.errors import ConfigError, EvaluationError
 
 __all__ = ["LmEvalTasks", "lm_eval_metrics", "tasks_text"]
@@ -97,6 +98,8 @@ class LmEvalTasks:
                     bootstrap_iters=RESAMPLED,
                 )
             except Exception as error:  # data sets, templates and metrics have errors of their own
+                if memory_refusal(error) is not None:
+                    raise
                 raise ConfigError(
                     f"--lm_eval_tasks {','.join(self.tasks)}: lm-eval failed: {type(error).__name__}: {error}"
                 ) from error

@@ -20,7 +20,14 @@ from cache_builder.build_config import BuildConfig
 from cache_builder.builder import build
 from cache_builder.engines.transformers import TransformersEngine
 from cache_builder.rows import cached_document
-from storage_specs.errors import CacheMismatchError, ChatTemplateError, ConfigError, EngineError, OutputFolderError
+from storage_specs.errors import (
+    CacheMismatchError,
+    ChatTemplateError,
+    ConfigError,
+    DeviceMemoryError,
+    EngineError,
+    OutputFolderError,
+)
 from storage_specs.reader import open_cache
 
 TEXTS = [
@@ -145,7 +152,7 @@ def test_finished_builds_and_finished_shards_are_never_redone(
         build(config)
     monkeypatch.setattr("cache_builder.pipeline.cached_document", cached_document)
     assert build(config).shards_written == 1
-    monkeypatch.setattr(TransformersEngine, "_load", lambda self: pytest.fail("the teacher was loaded for nothing"))
+    monkeypatch.setattr(TransformersEngine, "load", lambda self: pytest.fail("the teacher was loaded for nothing"))
     report = build(config)
     assert report.shards_written == 0
     assert report.work.tokens == 0
@@ -294,3 +301,30 @@ def test_a_tokenizer_of_another_teacher_is_found_before_the_folder_is_claimed(
     with pytest.raises(EngineError, match=f"outside the teacher's vocabulary of {VOCABULARY}"):
         build(other(config, tokenizer=str(smollm2_path)))
     assert not config.output.exists()
+
+
+@pytest.mark.parametrize("mode", ["score", "generate"])
+def test_a_build_that_runs_out_of_memory_keeps_its_shards(
+    config: BuildConfig, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where windows, or prompts, of more than 12 tokens are too much, until they are not."""
+    if mode == "generate":
+        Path(config.corpus).write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a", "b", TEXTS[-1])))
+        config = other(config, mode=mode, max_model_len=64, window_overlap=None, max_tokens=2)
+    else:
+        write_corpus(Path(config.corpus), ["a b c", "b c d", TEXTS[0]])
+    real = transformers.LlamaModel.forward
+
+    def forward(self: Any, input_ids: torch.Tensor, **options: Any) -> Any:
+        if input_ids.shape[1] > 12:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has less.")
+        return real(self, input_ids=input_ids, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.LlamaModel, "forward", forward)
+        of = r"a window of 23 tokens" if mode == "score" else r"a prompt of \d+ tokens and up to 2 more"
+        with pytest.raises(DeviceMemoryError, match=f"{of}: out of memory .*; finished shards are kept"):
+            build(config)
+    report = build(config)
+    assert report.shards_written == 1
+    assert report.manifest.counts["documents"] == 3

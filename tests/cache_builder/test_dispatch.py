@@ -7,7 +7,7 @@ import pytest
 from cache_builder.dispatch import JOBS_PER_WORKER, dispatch
 from cache_builder.pipeline import Job
 from cache_builder.progress import Work
-from storage_specs.errors import EngineError, TokenizerError
+from storage_specs.errors import DeviceMemoryError, EngineError, TokenizerError
 
 
 class FakePool:
@@ -53,6 +53,14 @@ def test_every_shard_is_done_once(size: int, deaths: dict[int, int], capsys: pyt
 def test_the_last_workers_error_is_raised() -> None:
     with pytest.raises(EngineError, match="is dead"):
         dispatch([(shard, ()) for shard in range(20)], FakePool(2, {0: 1, 1: 3}), lambda *_: None)
+
+
+def test_a_worker_without_memory_is_lost_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    done: list[int] = []
+    pool = FakePool(3, {1: 2}, DeviceMemoryError("out of memory"))
+    dispatch([(shard, ()) for shard in range(20)], pool, lambda shard, work: done.append(shard))
+    assert sorted(done) == list(range(20))
+    assert capsys.readouterr().err == "worker 1 is lost, others go on: out of memory\n"
 
 
 def test_an_error_that_all_would_meet_is_raised_at_once() -> None:

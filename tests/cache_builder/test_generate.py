@@ -18,6 +18,7 @@ from tiny_teacher import VOCABULARY
 from cache_builder.build_config import BuildConfig
 from cache_builder.builder import build
 from cache_builder.engines.transformers_generate import TransformersGenerator, draw
+from cache_builder.inspection import build_summary
 from cache_builder.preparation import prepare
 from cache_builder.shard_worker import ShardWorker
 from storage_specs.document import is_held_out
@@ -196,6 +197,50 @@ def test_prompts_that_do_not_fit_and_options_that_do_not_apply(config: BuildConf
     ):
         with pytest.raises(ConfigError, match=message):
             other(config, **values)
+
+
+def test_completions_without_room_for_max_tokens_are_counted(
+    config: BuildConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of three prompts the middle one leaves two tokens; of its two samples one ends by itself there."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.teacher)
+    prompts = ["one", "one two three four", "one two"]
+    assert [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in prompts] == [1, 4, 2]
+    Path(config.corpus).write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+    word = tokenizer(" one", add_special_tokens=False)["input_ids"][0]
+    script = [*[word] * 8, word, 2, word, word, *[word] * 8]
+    monkeypatch.setattr(
+        "cache_builder.engines.transformers_generate.draw", lambda logits_V, sampling, random: script.pop(0)
+    )
+    config = other(config, max_tokens=4, max_model_len=6)
+    report = build(config)
+    assert not script
+    assert report.work.cut_short == 1
+    assert capsys.readouterr().err.splitlines()[0] == (
+        "max_tokens 4: 1 of 3 prompts leave less room in max_model_len 6 (the longest, of 4 tokens, leaves 2), where "
+        "their completions may be cut; --max_model_len 8 would have room for all"
+    )
+    summary = build_summary(report, config.output)
+    assert "\n1 completions were cut by max_model_len, before max_tokens; 0 were refused" in summary
+    abouts = [document.metadata["generation"] for document in open_cache(config.output)]
+    assert [(about["finish_reason"], about["tokens"]) for about in abouts] == [
+        *[("length", 4)] * 2,
+        ("stop", 2),
+        ("length", 2),
+        *[("length", 4)] * 2,
+    ]
+    roomy = other(config, output=config.output.with_name("roomy"), max_model_len=8)
+    script[:] = [word] * 24
+    report = build(roomy)
+    assert report.work.cut_short == 0
+    assert "max_tokens" not in build_summary(report, roomy.output)
+    assert "max_tokens" not in capsys.readouterr().err
+
+
+def test_max_tokens_that_no_prompt_leaves_is_refused(config: BuildConfig) -> None:
+    with pytest.raises(ConfigError, match="max_tokens is 60, but a prompt and its completion have 60 tokens together"):
+        build(other(config, max_tokens=60, max_model_len=60))
+    assert not config.output.exists()
 
 
 def build_output(config: BuildConfig) -> Path:

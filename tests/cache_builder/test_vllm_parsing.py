@@ -13,11 +13,12 @@ from cache_builder.engines import make_engine
 from cache_builder.engines.base import EngineConfig
 from cache_builder.engines.generating import Prompt
 from cache_builder.engines.vllm import parse_flat
+from cache_builder.engines.vllm_failures import failure
 from cache_builder.engines.vllm_generate import VllmGenerator
 from cache_builder.engines.vllm_sampled import SampledRows, flat_rows_of, hook_sampler, release_sampler, rows_of
 from cache_builder.main import main
 from cache_builder.sampling import Sampling
-from storage_specs.errors import ConfigError, EngineError
+from storage_specs.errors import ConfigError, DeviceMemoryError, EngineError
 
 
 @pytest.mark.parametrize(
@@ -59,6 +60,38 @@ def test_vllm_flags_without_vllm_are_unknown(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("cache_builder.engines.vllm.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="unknown option 'documents_per_shards'; did you mean 'documents_per_shard'"):
         main(["build", "--teacher", "x", "--corpus", "y", "--output", "z", "--documents-per-shards", "3"])
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ("No available memory for the cache blocks. Try increasing `gpu_memory_utilization`.", "raise --gpu-memory-"),
+        (
+            "1 GiB KV cache is needed, which is larger than the available KV cache memory (0 GiB).",
+            "raise --gpu-memory-",
+        ),
+        (
+            "Free memory on device (1/80 GiB) on startup is less than desired.",
+            "lower --gpu-memory-utilization (now 0.9)",
+        ),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB.", "lower --gpu-memory-utilization (now 0.9)"),
+    ],
+)
+def test_memory_that_vllm_lacks_has_a_remedy(said: str, remedy: str) -> None:
+    found = failure("teacher m: vLLM cannot load it", ValueError(said), {"gpu_memory_utilization": 0.9})
+    assert isinstance(found, DeviceMemoryError)
+    assert str(found).startswith("teacher m: vLLM cannot load it: out of memory (")
+    assert f"the same command goes on: {remedy}" in str(found)
+    assert "--max-num-batched-tokens" in str(found)
+
+
+def test_other_failures_of_vllm_are_told_as_they_are() -> None:
+    unknown = failure("x", RuntimeError("It ended. See root cause above."), {"gpu_memory_utilization": 0.9})
+    assert isinstance(unknown, EngineError)
+    assert str(unknown).startswith(
+        "x: RuntimeError: It ended. See root cause above; where it is memory that it lacks, lower --gpu-memory-utiliz"
+    )
+    assert str(failure("x", ValueError("bad flag"), {})) == "x: ValueError: bad flag"
 
 
 def flat_of(entries: list[list[tuple[int, float]]]) -> Any:

@@ -100,6 +100,15 @@ def test_figures_are_those_of_naive_log_likelihoods(folder, model, smollm2_token
     assert first["our_text"]["metrics"]["bits_per_byte"]["value"] != pytest.approx(bits["value"])
 
 
+def test_too_little_memory_is_no_task_that_failed(folder, model, smollm2_tokenizer, monkeypatch):
+    def forward(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    with pytest.raises(torch.OutOfMemoryError):
+        LmEvalTasks(["our_text"], include_path=folder, limit=1).evaluate(model, smollm2_tokenizer)
+
+
 def test_in_a_report_and_taken_up_again(folder, student_path, tmp_path, monkeypatch):
     flags = ["evaluate", "--model", f"a={student_path}", "--model", f"b={student_path}", "--output_file"]
     flags += [
