@@ -1,7 +1,8 @@
 """A cache's documents as a map-style dataset: training and held-out documents apart, numbered shard after shard."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from threading import Lock
 
@@ -23,8 +24,9 @@ class CachedDocuments(Dataset[CachedDocument]):
     Documents without a single teacher row are left out of both. Items are decoded and verified when asked for;
     asked for a `MicroBatch`, the dataset reads the shards that it names as open at the same time, and keeps these
     decoded and no others, so that an epoch decodes each once. What cannot be read raises where a document of it is
-    asked for. `cache` is an open cache, or its folder or URL, of which ids are read only with `ids`;
-    `documents` takes only the first so many, `excluded` leaves those of a list out. documents_per_shard: (shards,)
+    asked for. `sample` and `readable` read beside that, a shard at a time. `cache` is an open cache, or its folder or
+    URL, of which ids are read only with `ids`; `documents` takes only the first so many, `excluded` leaves those of a
+    list out. documents_per_shard: (shards,)
     int64. quarantine: where broken shards go, whose documents are then missing from micro-batches; None = they
     raise. Raises what `open_cache` raises.
     """
@@ -81,15 +83,33 @@ class CachedDocuments(Dataset[CachedDocument]):
 
     def sample(self, count: int, skip_broken: bool = False) -> list[CachedDocument]:
         """The first documents; skip_broken: without those of shards that do not verify, which raise otherwise."""
-        found, broken = [], set()
-        for index in range(min(count, len(self))):
-            shard, _ = self.place_of(index)
+
+        def broken(shard: int, error: CorruptCacheError) -> None:
+            if not skip_broken:
+                raise error
+
+        return self._beside_an_epoch(range(min(count, len(self))), broken)
+
+    def readable(self, indices: Iterable[int]) -> list[CachedDocument]:
+        """The documents of ascending indices, less those of broken shards where there is a quarantine, which is told
+        (without one they raise): what evaluations are measured on."""
+        return self._beside_an_epoch(indices, lambda shard, error: self._lose(shard, 0, error))
+
+    def _beside_an_epoch(
+        self, indices: Iterable[int], broken: Callable[[int, CorruptCacheError], None]
+    ) -> list[CachedDocument]:
+        """Decodes one shard at a time and keeps none: an epoch's window is what fills the memory."""
+        found: list[CachedDocument] = []
+        for shard, places in groupby(map(self.place_of, indices), lambda place: place[0]):
+            if self._is_quarantined(shard, 0):
+                continue
             try:
-                found += [] if shard in broken else [self[index]]
-            except CorruptCacheError:
-                if not skip_broken:
-                    raise
-                broken.add(shard)
+                columns = self.cache.read_columns(shard)
+            except CorruptCacheError as error:
+                broken(shard, error)
+            else:
+                found += [columns.document(number) for _, number in places]
+                del columns  # before the next one is decoded
         return found
 
     def place_of(self, index: int) -> tuple[int, int]:
@@ -103,13 +123,20 @@ class CachedDocuments(Dataset[CachedDocument]):
 
     def _read_open_shards(self, batch: MicroBatch) -> None:
         """Let go of shards that are open no longer, and read those that are new all at once: an epoch opens with a
-        whole window of them, and a remote store's answers are long in coming."""
+        whole window of them, and a remote store's answers are long in coming. What failed then for another reason than
+        its bytes is read again when it is needed: the store may be back."""
+        needed = {self.place_of(index)[0] for index in batch}
         wanted = [shard for shard in batch.open_shards if not self._is_quarantined(shard, batch.epoch)]
-        self._open = {shard: self._open[shard] for shard in wanted if shard in self._open}
+        kept = (shard for shard in wanted if shard in self._open)
+        self._open = {shard: self._open[shard] for shard in kept if not (shard in needed and self._is_unread(shard))}
         new = [shard for shard in wanted if shard not in self._open]
         if new:
             with ThreadPoolExecutor(len(new), thread_name_prefix="shard-reader") as threads:  # at most M + 1
                 self._open |= {shard: threads.submit(self.cache.read_columns, shard) for shard in new}
+
+    def _is_unread(self, shard: int) -> bool:
+        error = self._open[shard].exception()
+        return error is not None and not isinstance(error, CorruptCacheError)
 
     def _columns(self, shard: int, epoch: int) -> Columns | None:
         """An open shard, or None where it is quarantined, from now on maybe. Raises what reading it did, once."""
@@ -119,13 +146,17 @@ class CachedDocuments(Dataset[CachedDocument]):
             return self._open[shard].result()
         except Exception as error:
             del self._open[shard]
-            if self.quarantine is None or not isinstance(error, CorruptCacheError):
-                raise
-            first = self._first[shard]
-            lost = first + np.flatnonzero(self._wanted[first : self._first[shard + 1]])
-            documents = [(self.cache.doc_ids[number], self.cache.rows_D[number]) for number in lost.tolist()]
-            self.quarantine.add(shard, epoch, error, documents)
+            self._lose(shard, epoch, error)
             return None
+
+    def _lose(self, shard: int, epoch: int, error: Exception) -> None:
+        """Put a broken shard into quarantine; raises the error where there is none, or where it says something else."""
+        if self.quarantine is None or not isinstance(error, CorruptCacheError):
+            raise error
+        first = self._first[shard]
+        lost = first + np.flatnonzero(self._wanted[first : self._first[shard + 1]])
+        documents = [(self.cache.doc_ids[number], self.cache.rows_D[number]) for number in lost.tolist()]
+        self.quarantine.add(shard, epoch, error, documents)
 
     def _is_quarantined(self, shard: int, epoch: int) -> bool:
         return self.quarantine is not None and self.quarantine.covers(shard, epoch)

@@ -44,7 +44,7 @@ def held_out_sums(
     numbers = range(len(documents))[: config.max_eval_documents]
     if _shared(accelerator):
         numbers = numbers[accelerator.process_index :: accelerator.num_processes]
-    held_out = [documents[number] for number in numbers]
+    held_out = documents.readable(numbers)
     training = model.training
     model.eval()
     try:

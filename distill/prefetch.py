@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 BATCHES_AHEAD = 8
+PATIENCE = 5.0  # seconds for each thread; a store may take minutes to say that it does not answer
 
 
 class Prefetched(Iterator[Made], Generic[Item, Made]):
@@ -69,12 +70,12 @@ class Prefetched(Iterator[Made], Generic[Item, Made]):
         return future.result()
 
     def close(self) -> None:
-        """End the threads; waits for the batches they are at."""
+        """End the threads; waits for the batches they are at, not long where a store hangs: they end when it does."""
         self._ended = True
         for _ in self._threads:
             self._room.release()
         for thread in self._threads:
-            thread.join()
+            thread.join(PATIENCE)
 
     def _run(self) -> None:
         while True:

@@ -7,6 +7,7 @@ from threading import Lock
 from typing import Any
 
 NAME = "quarantine.jsonl"
+HELD_OUT = "quarantine_held_out.jsonl"  # what evaluations go without, from epoch 0 on: always the same documents
 
 
 class Quarantine:
@@ -14,11 +15,12 @@ class Quarantine:
 
     A line: {"shard", "epoch" (from which on its documents are missing), "error", "documents": [[doc_id, rows], ...]}.
     Batches are prepared ahead, also those of the next epoch: a run that is resumed in an earlier epoch than a line's
-    reads that shard again for it. Ranks append to one file, so two that met the same broken shard write its line twice.
+    reads that shard again for it. Held-out documents that evaluations go without are in a file of their own. Ranks
+    append to one file, so two that met the same broken shard write its line twice.
     """
 
-    def __init__(self, output_dir: Path) -> None:
-        self.path = output_dir / NAME
+    def __init__(self, output_dir: Path, name: str = NAME) -> None:
+        self.path = output_dir / name
         self._lock = Lock()
         self._lines: dict[int, dict[str, Any]] = {}
         if self.path.exists():
@@ -53,4 +55,4 @@ class Quarantine:
         if not self._lines:
             return None
         rows = [rows for line in self._lines.values() for _, rows in line["documents"]]
-        return {"file": NAME, "shards": sorted(self._lines), "documents": len(rows), "rows": sum(rows)}
+        return {"file": self.path.name, "shards": sorted(self._lines), "documents": len(rows), "rows": sum(rows)}

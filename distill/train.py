@@ -140,12 +140,11 @@ def train(run: TrainingRun) -> dict[str, Any]:
     record = {"run": identity, "finished": True, "steps": trainer.state.global_step}
     if comparison is not None:
         record["comparison"] = asdict(comparison)
-    if documents.quarantine is not None and (lost := documents.quarantine.summary()):
-        record["quarantined"] = lost
-        say(
-            config,
-            f"left out as broken: {len(lost['shards'])} shards with {lost['documents']} documents, {lost['rows']} rows",
-        )
+    for name, dataset in (("quarantined", documents), ("quarantined_held_out", trainer.eval_dataset)):
+        if dataset is not None and dataset.quarantine is not None and (lost := dataset.quarantine.summary()):
+            record[name] = lost
+            counts = f"{len(lost['shards'])} shards with {lost['documents']} documents, {lost['rows']} rows"
+            say(config, f"left out as broken: {counts} ({lost['file']})")
     if config.should_save:
         write_record(output_dir, record)
     say(config, f"finished: {output_dir}")

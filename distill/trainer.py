@@ -36,14 +36,15 @@ from distill.out_of_memory import SMALLER, SMALLER_EVALUATION, in_memory, micro_
 from distill.packing import check_packing
 from distill.probe import GradientProbe, HarmWatch, warning
 from distill.progress import TokenProgress
-from distill.quarantine import Quarantine
+from distill.quarantine import HELD_OUT, Quarantine
 from distill.ranks import RankSums
 from distill.sampler import EpochBatches
 from distill.step_log import NO_COUNTS, StepLog, batch_counts
 from distill.step_loss import UNITS, StepLoss
+from distill.stopping import held_out_at_hand, stop_without_documents
 from distill.stream import Stream
 from distill.trainer_setup import setting_up
-from storage_specs.errors import CheckpointError, CorruptCacheError, TeachOnceError
+from storage_specs.errors import CheckpointError, TeachOnceError
 
 
 class CachedDistillationTrainer(Trainer):
@@ -110,6 +111,8 @@ class CachedDistillationTrainer(Trainer):
             threads=max(1, args.dataloader_num_workers),
         )
         if args.on_corrupt == "quarantine":
+            if eval_dataset is not None:
+                eval_dataset.quarantine = Quarantine(Path(args.output_dir), HELD_OUT)
             train_dataset.quarantine = Quarantine(Path(args.output_dir))
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
@@ -167,21 +170,11 @@ class CachedDistillationTrainer(Trainer):
         sums = self.over_ranks(torch.cat([weights, counts, failed]))
         weights, counts, failed = sums.split([len(weights), len(counts), 1])
         if failed:
-            self._stop_without_batches(failure)
+            stop_without_documents(self, failure)
         self.step_log.add_counts(counts)
         if self.args.probe_steps and self.state.global_step % self.args.probe_steps == 0 and batches:
             self._probe(batches[0])
         return batches, weights.clamp(min=1)
-
-    def _stop_without_batches(self, failure: TeachOnceError | None) -> None:
-        """Keep what was learned, then raise; failure: this rank's, or None where it was another's."""
-        self.save_last_step()
-        after = f"training stopped after step {self.state.global_step}, from which the same command resumes"
-        if failure is None:
-            raise CorruptCacheError(f"another process could not read its documents (its error says why); {after}")
-        if isinstance(failure, CorruptCacheError):
-            after += "; repair the cache, or leave broken shards out with --on_corrupt quarantine"
-        raise type(failure)(f"{failure}; {after}") from failure
 
     def _prepare_input(self, data: Any) -> Any:
         """Trainer's; tensors in pinned memory are sent to the GPU without waiting for it."""
@@ -244,7 +237,8 @@ class CachedDistillationTrainer(Trainer):
         accelerator, number = self.accelerator, self.state.global_step // self.args.probe_steps
         first = (number * accelerator.num_processes + accelerator.process_index) * self.args.per_device_train_batch_size
         numbers = {(first + n) % len(self.eval_dataset) for n in range(self.args.per_device_train_batch_size)}
-        held_out = self.data_collator([self.eval_dataset[n] for n in sorted(numbers)])
+        with held_out_at_hand(self):
+            held_out = self.data_collator(self.eval_dataset.readable(sorted(numbers)))
         found = probe.measure(batch, held_out)
         self.log(found)
         harm = None if self.args.look_ahead_steps else self.harm_watch.add(found)
@@ -266,7 +260,7 @@ class CachedDistillationTrainer(Trainer):
         """
         documents = eval_dataset or self.eval_dataset or held_out_documents(self.train_dataset.cache)
         at_a_time = f"held-out documents, {self.args.per_device_eval_batch_size} x {self.args.max_length} tokens"
-        with in_memory(self, at_a_time, SMALLER_EVALUATION):
+        with in_memory(self, at_a_time, SMALLER_EVALUATION), held_out_at_hand(self):
             found = held_out_figures(self.model, self.processing_class, documents, self.args, self.accelerator)
             if self.args.look_ahead_steps and self.args.mixture.of_teacher and self.is_in_train:
                 found |= look_ahead(self, documents)

@@ -21,7 +21,7 @@ from distill import CachedDocuments, EpochBatches
 from distill.checkpoint import RECORD, last_whole_checkpoint
 from distill.main import main
 from distill.prefetch import Prefetched
-from distill.quarantine import NAME, Quarantine
+from distill.quarantine import HELD_OUT, NAME, Quarantine
 from distill.stream import Stream
 from storage_specs import open_cache, text_document
 from storage_specs.errors import CorruptCacheError, StoreUnavailableError
@@ -96,7 +96,7 @@ def test_an_epoch_opens_with_a_window_of_shards_read_side_by_side(many_shards_pa
 
 
 def test_a_shard_that_cannot_be_read_fails_the_first_batch_that_needs_it(many_shards_path, monkeypatch):
-    """Though it is read before; asked for again it is read again."""
+    """It is read ahead, again when it is needed, and once more when that is asked for again."""
     documents = CachedDocuments(many_shards_path)
     batches = list(EpochBatches(documents.documents_per_shard, documents=2, seed=3))
     needed = [{documents.place_of(index)[0] for index in batch} for batch in batches]
@@ -106,7 +106,7 @@ def test_a_shard_that_cannot_be_read_fails_the_first_batch_that_needs_it(many_sh
 
     def read_columns(self, number):
         tries.append(number)
-        if number == shard and tries.count(shard) == 1:
+        if number == shard and tries.count(shard) <= 2:
             raise StoreUnavailableError("no answer")
         return real(self, number)
 
@@ -116,7 +116,28 @@ def test_a_shard_that_cannot_be_read_fails_the_first_batch_that_needs_it(many_sh
     with pytest.raises(StoreUnavailableError, match="no answer"):
         documents.__getitems__(batches[first])
     assert all(len(documents.__getitems__(batch)) == len(batch) for batch in batches[first:])
-    assert tries.count(shard) == 2
+    assert tries.count(shard) == 3
+
+
+def test_a_store_that_is_back_when_a_shard_is_needed_fails_no_batch(many_shards_path, monkeypatch):
+    """Though no shard of the window with which the epoch opens could be read, but those of the first batch."""
+    documents = CachedDocuments(many_shards_path)
+    ids = doc_ids_of(documents)
+    batches = list(EpochBatches(documents.documents_per_shard, documents=1, seed=3))
+    away = set(batches[0].open_shards) - {documents.place_of(batches[0][0])[0]}
+    real, tries = type(documents.cache).read_columns, []
+
+    def read_columns(self, shard):
+        tries.append(shard)
+        if shard in away and tries.count(shard) == 1:
+            raise StoreUnavailableError("no answer")
+        return real(self, shard)
+
+    monkeypatch.setattr(type(documents.cache), "read_columns", read_columns)
+    assert len(away) == MIXED - 1
+    for batch in batches:
+        assert doc_ids_of(documents.__getitems__(batch)) == [ids[index] for index in batch]
+    assert Counter(tries) == {shard: 1 + (shard in away) for shard in range(12)}
 
 
 def test_training_decodes_no_more_than_the_stream(many_shards_path, student_path, tmp_path, decoded):
@@ -259,6 +280,18 @@ def test_batches_are_made_side_by_side_and_given_in_order():
     ahead = Prefetched(iter(range(10)), make, threads=2)
     assert list(ahead) == list(range(10))
     ahead.close()
+
+
+def test_closing_does_not_wait_for_a_store_that_hangs(monkeypatch):
+    monkeypatch.setattr("distill.prefetch.PATIENCE", 0.05)
+    answer = threading.Event()
+    ahead = Prefetched(iter(range(3)), lambda item: answer.wait(300), threads=2)
+    ahead.close()
+    assert all(thread.is_alive() for thread in ahead._threads)
+    answer.set()
+    for thread in ahead._threads:
+        thread.join(timeout=300)
+    assert not any(thread.is_alive() for thread in ahead._threads)
 
 
 def test_an_error_of_a_batch_is_raised_in_its_turn():
@@ -488,6 +521,55 @@ def test_the_record_of_a_run_names_what_was_lost(many_shards_path, student_path,
     assert record["finished"]
     assert record["quarantined"]["shards"] == [7]
     assert "left out as broken: 1 shards" in capsys.readouterr().err
+
+
+def broken_held_out(many_shards_path, tmp_path):
+    """A copy of the cache in which a shard with held-out documents is broken, that shard, and their rows."""
+    path = shutil.copytree(many_shards_path, tmp_path / "cache")
+    held_out = CachedDocuments(path, held_out=True)
+    shard = held_out.place_of(0)[0]
+    members = [held_out[n] for n in range(len(held_out)) if held_out.place_of(n)[0] == shard]
+    lost = {document.doc_id: len(document.segment) for document in members}
+    break_shard(path, shard)
+    return path, shard, lost, len(held_out)
+
+
+EVALUATED = {"max_steps": 4, "loss": "ce:1", "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps"}
+EVALUATED |= {"save_steps": 1000}
+
+
+def test_evaluations_go_without_a_broken_shard_in_quarantine(many_shards_path, student_path, tmp_path):
+    """And so do probes; what they lost is told apart from what training lost."""
+    path, shard, lost, count = broken_held_out(many_shards_path, tmp_path)
+    options = EVALUATED | {"on_corrupt": "quarantine", "probe_steps": 1, "loss": "ce:1,uld:1"}
+    one = trainer(path, student_path, tmp_path / "out", **options)
+    one.train()
+    told = [line["eval_documents"] for line in one.state.log_history if "eval_documents" in line]
+    assert told == [count - len(lost)] * 2
+    (line,) = map(json.loads, (tmp_path / "out" / HELD_OUT).read_text().splitlines())
+    assert (line["shard"], dict(line["documents"])) == (shard, lost)
+    rows = sum(lost.values())
+    expected = {"file": HELD_OUT, "shards": [shard], "documents": len(lost), "rows": rows}
+    assert one.eval_dataset.quarantine.summary() == expected
+    assert not one.train_dataset.cache._held, "no shard is kept beside the window"
+
+
+def test_an_evaluation_that_cannot_read_stops_with_a_checkpoint(many_shards_path, student_path, tmp_path, monkeypatch):
+    one = trainer(many_shards_path, student_path, tmp_path / "out", **EVALUATED)
+
+    def readable(*_):
+        raise StoreUnavailableError("no answer")
+
+    monkeypatch.setattr(one.eval_dataset, "readable", readable)
+    with pytest.raises(StoreUnavailableError, match="no answer; training stopped after step 2, from which"):
+        one.train()
+    assert last_whole_checkpoint(tmp_path / "out").name == "checkpoint-2"
+    again = trainer(many_shards_path, student_path, tmp_path / "out", **EVALUATED)
+    again.train(resume_from_checkpoint=True)
+    straight = trainer(many_shards_path, student_path, tmp_path / "straight", **EVALUATED)
+    straight.train()
+    for name, value in weights(straight).items():
+        assert torch.equal(weights(again)[name], value), name
 
 
 # ---- growth
