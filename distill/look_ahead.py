@@ -158,7 +158,7 @@ def _compared(
     """The figures of both arms over all documents of all ranks. The difference is a ratio of sums over documents,
     nats to bytes; its error is the linearised one of such a ratio (Cochran, Sampling Techniques, 1977, chapter 6)."""
     sums = torch.full((7,), math.nan, dtype=torch.float64)
-    if mixture is not None and ce is not None:
+    if mixture is not None and ce is not None and len(mixture) == len(ce):  # a shard may have broken in between
         pairs = [(a.nats["student"], b.nats["student"], a.bytes) for a, b in zip(mixture, ce, strict=True) if a.bytes]
         mixture_D, ce_D, bytes_D = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 3).T
         apart_D = mixture_D - ce_D
