@@ -1,15 +1,14 @@
 """A training run that its device's memory cannot hold: which batch it was, what was kept, and what to do."""
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING
 
 import torch
 
 from distill.collator import Batch
-from storage_specs.device_memory import memory_refusal
-from storage_specs.errors import DeviceMemoryError, TeachOnceError
+from storage_specs.device_memory import memory_for
+from storage_specs.errors import TeachOnceError
 
 if TYPE_CHECKING:
     from distill.trainer import CachedDistillationTrainer
@@ -22,30 +21,27 @@ SMALLER_EVALUATION = "a smaller --per_device_eval_batch_size, or no --look_ahead
 NAMED = 8  # documents
 
 
-@contextmanager
-def in_memory(trainer: "CachedDistillationTrainer", doing: str, remedy: str, *, whole: bool = True) -> Iterator[None]:
+def in_memory(
+    trainer: "CachedDistillationTrainer", doing: str, remedy: str, *, whole: bool = True
+) -> AbstractContextManager[None]:
     """Types what is raised inside for want of memory, once what was learned so far is saved. Raises DeviceMemoryError.
 
     doing: what takes the memory. whole: whether the weights are those after a whole step. Of several processes the
     others may be in the middle of something and cannot save with this one: there the last checkpoint counts.
     """
-    try:
-        yield
-    except TeachOnceError:
-        raise
-    except Exception as error:
-        said = memory_refusal(error)
-        if said is None:
-            raise
+
+    def saved() -> str:
         if whole and trainer.accelerator.num_processes == 1:
             trainer.model.zero_grad(set_to_none=True)
             gc.collect()
             torch.cuda.empty_cache()  # does nothing where no GPU was used
             with suppress(RuntimeError, TeachOnceError):  # there may be no room for that either
                 trainer.save_last_step()
-        saved = trainer.last_saved_step()
-        goes_on = "begins again" if saved is None else f"resumes after step {saved}"
-        raise DeviceMemoryError(f"{doing}: out of memory ({said}); the same command {goes_on}: try {remedy}") from error
+        step = trainer.last_saved_step()
+        goes_on = "begins again" if step is None else f"resumes after step {step}"
+        return f"the same command {goes_on}: try {remedy}"
+
+    return memory_for(doing, saved)
 
 
 def micro_batch(batch: Batch, step: int) -> str:

@@ -20,12 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import demo_assets
 import numpy as np
 import torch
-from bench_stream import DOCUMENTS, LOSSES, Bench, long_documents, timed_ms, write_cache
+from bench_stream import DOCUMENTS, LOSSES, Bench, long_cache, timed_ms
 from result_table import ResultTable
-from transformers import AutoTokenizer
 
 from distill import CachedDocuments
 from distill.sampler import MicroBatch
@@ -85,11 +83,8 @@ def main(arguments: Sequence[str]) -> int:
     add("--loss", default=LOSSES[0])
     add("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    student = AutoTokenizer.from_pretrained(demo_assets.smollm2_path())
     table, rows = ResultTable(options.output), []
-    with tempfile.TemporaryDirectory() as scratch:
-        cache = Path(scratch) / "cache"
-        write_cache(cache, long_documents(options.documents, student), options.documents_per_shard)
+    with long_cache(options.documents, options.documents_per_shard) as (cache, student):
         bench = Bench(cache, options.loss, student)
         for latency_ms in options.latencies_ms:
             store = FarObjects(cache, latency_ms, options.mb_per_second)

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,16 @@ def turn(arm: str, bench: "Bench", found: Turns, step_ms: float) -> None:
         found.launching_ms.append(timed_ms(launch))
 
 
+@contextmanager
+def long_cache(documents: int, per_shard: int) -> Iterator[tuple[Path, PreTrainedTokenizerBase]]:
+    """A cache of `long_documents`, gone afterwards, and the student's tokenizer."""
+    student = AutoTokenizer.from_pretrained(demo_assets.smollm2_path())
+    with tempfile.TemporaryDirectory() as scratch:
+        cache = Path(scratch) / "cache"
+        write_cache(cache, long_documents(documents, student), per_shard)
+        yield cache, student
+
+
 class Bench:
     """One mixture on one cache."""
 
@@ -189,11 +200,8 @@ def main(arguments: Sequence[str]) -> int:
     add("--losses", nargs="+", default=LOSSES)
     add("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    student = AutoTokenizer.from_pretrained(demo_assets.smollm2_path())
     table, rows = ResultTable(options.output), []
-    with tempfile.TemporaryDirectory() as scratch:
-        cache = Path(scratch) / "cache"
-        write_cache(cache, long_documents(options.documents, student), options.documents_per_shard)
+    with long_cache(options.documents, options.documents_per_shard) as (cache, student):
         for loss in options.losses:
             bench = Bench(cache, loss, student)
             alone = [timed_ms(launch) for _ in range(20)]

@@ -1,7 +1,7 @@
 """Where a model runs out of memory: torch's, vLLM's and Python's errors, told apart without importing either."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from storage_specs.errors import DeviceMemoryError, TeachOnceError
@@ -31,10 +31,10 @@ def memory_refusal(error: BaseException) -> str | None:
 
 
 @contextmanager
-def memory_for(what: str, remedy: str) -> Iterator[None]:
+def memory_for(what: str, remedy: str | Callable[[], str]) -> Iterator[None]:
     """Types what is raised inside where memory is too small, and nothing else. Raises DeviceMemoryError.
 
-    what: takes the memory, with the numbers that it depends on.
+    what: takes the memory, with the numbers that it depends on. remedy: what to do, or says it once that is known.
     """
     try:
         yield
@@ -44,4 +44,5 @@ def memory_for(what: str, remedy: str) -> Iterator[None]:
         said = memory_refusal(error)
         if said is None:
             raise
-        raise DeviceMemoryError(f"{what}: out of memory ({said}); {remedy}") from error
+        advice = remedy if isinstance(remedy, str) else remedy()
+        raise DeviceMemoryError(f"{what}: out of memory ({said}); {advice}") from error

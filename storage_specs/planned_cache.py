@@ -4,7 +4,7 @@ What fills the shards is somebody else's business: `writer` encodes documents, `
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, islice
 from typing import Any
@@ -79,11 +79,12 @@ class PlannedCache:
             for stored in chain.from_iterable(table.objects):
                 self.objects.check_size(stored, sizes)
             return []
-        return self._unrecorded(range(len(self.plan.shards)) if among is None else among)
+        among = range(len(self.plan.shards)) if among is None else among
+        return self._unrecorded(among, record_revisions(self.objects))
 
-    def _unrecorded(self, among: Iterable[int]) -> list[int]:
-        """Those shards of `among` that have no record whose objects all verify; what has one is kept in `_records`."""
-        revisions = record_revisions(self.objects)
+    def _unrecorded(self, among: Iterable[int], revisions: Mapping[int, Sequence[int]]) -> list[int]:
+        """Those shards of `among` that have no record, of these revisions of theirs, whose objects all verify; what has
+        one is kept in `_records`."""
         missing = []
         for shard in among:
             record = self._records.get(shard) or newest_record(
@@ -129,7 +130,7 @@ class PlannedCache:
             if finished is not None:
                 return finished
             self._check_records()
-            missing = self._unrecorded(range(len(self.plan.shards)))
+            missing = self._unrecorded(range(len(self.plan.shards)), record_revisions(self.objects))
             if missing:
                 raise IncompleteCacheError(
                     f"{self.objects.place}: {len(missing)} of {len(self.plan.shards)} shards are missing "
@@ -161,11 +162,7 @@ class PlannedCache:
             return False
         if self.manifest is not None:
             return not self.missing_shards([shard])
-        doc_ids = self.plan.doc_ids_of(shard)
-        record = newest_record(self.objects, shard, self.config_digest, doc_ids, [0])
-        if record is not None:
-            self._records[shard] = record
-        return record is not None
+        return not self._unrecorded([shard], {shard: [0]})
 
     def _check_open(self, shard: int, *, finished: bool) -> None:
         if not 0 <= shard < len(self.plan.shards):

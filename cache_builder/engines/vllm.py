@@ -87,7 +87,7 @@ class VllmEngine:
         self.config = config
         self.version = _vllm().__version__
         stages = str(config.arguments.get("pipeline_parallel_size", 1))
-        if stages != "1" and _is_cpu():
+        if stages != "1" and is_cpu_build():
             raise ConfigError(
                 f"pipeline_parallel_size is {stages}, but vLLM's CPU build starts with 1 only (0.32 hangs or fails): "
                 "use tensor_parallel_size or data_parallel_size"
@@ -255,7 +255,8 @@ def _defaults(config: EngineConfig) -> dict[str, Any]:
     return {"max_num_batched_tokens": max(8192, config.max_model_len), "gpu_memory_utilization": 0.85}
 
 
-def _is_cpu() -> bool:
+def is_cpu_build() -> bool:
+    """Whether the installed vLLM is one for CPUs."""
     from vllm.platforms import current_platform
 
     return current_platform.is_cpu()

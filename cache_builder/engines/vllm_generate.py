@@ -18,7 +18,7 @@ import numpy as np
 
 from cache_builder.engines.base import ordered_scores, window_scores
 from cache_builder.engines.generating import Generation, Prompt, StopStrings
-from cache_builder.engines.vllm import VllmEngine
+from cache_builder.engines.vllm import VllmEngine, is_cpu_build
 from cache_builder.engines.vllm_sampled import SEPARATOR, flat_rows_of, rows_of
 from cache_builder.sampling import Sampling
 from storage_specs.errors import EngineError
@@ -31,7 +31,10 @@ class VllmGenerator:
 
     def __init__(self, engine: VllmEngine, sampling: Sampling, words: list[bytes | None]) -> None:
         self.engine, self.sampling, self.words = engine, sampling, words
-        self.seeds = not _seeds_kill()
+        # CPU builds die of a seeded request whose prompt is read in two steps (V1 winds its generator back, which torch
+        # cannot on a CPU). There the engine's own seed decides, that of the first sample: other --seed, other samples,
+        # and replicas, which begin with different ones, never draw alike.
+        self.seeds = not is_cpu_build()
         self.kept = engine.flat_reason is None
         self._requests = 0
 
@@ -156,12 +159,3 @@ class VllmGenerator:
             ended=stop_reason is None and output.finish_reason == "stop",
             stop_reason=stop_reason,
         )
-
-
-def _seeds_kill() -> bool:
-    """CPU builds die of a seeded request whose prompt is read in two steps (V1 winds its generator back, which torch
-    cannot on a CPU). There the engine's own seed decides, that of the first sample: other --seed, other samples, and
-    replicas, which begin with different ones, never draw alike."""
-    from vllm.platforms import current_platform
-
-    return current_platform.is_cpu()

@@ -27,6 +27,15 @@ def flags(teacher: Path, tmp_path: Path) -> list[str]:
     return [f"--{name}={value}" for name, value in {**values, "documents_per_shard": 2}.items()]
 
 
+@pytest.fixture
+def prompt_flags(teacher: Path, tmp_path: Path) -> list[str]:
+    """One prompt, to be answered."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "one two three"}))
+    corpus = ["--teacher", str(teacher), "--corpus", str(prompts), "--engine", "transformers"]
+    return [*corpus, "--mode", "generate"]
+
+
 def test_the_sheet_counts_what_the_build_then_does(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,10 +89,8 @@ def test_the_probe_works_the_real_engine(
     assert asked == [30.0]
 
 
-def test_the_probe_of_mode_generate_writes(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "one two three"}))
-    corpus = ["--teacher", str(teacher), "--corpus", str(tmp_path / "prompts.jsonl"), "--engine", "transformers"]
-    assert main(["plan", *corpus, "--mode", "generate", "--max_tokens", "4", "--probe", "0.2"]) == 0
+def test_the_probe_of_mode_generate_writes(prompt_flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *prompt_flags, "--max_tokens", "4", "--probe", "0.2"]) == 0
     printed = capsys.readouterr().out
     assert "tokens per second (probed for about 0.2 s)" in printed
     assert "which captures nothing and writes anew" in printed
@@ -138,11 +145,9 @@ def test_every_flag_of_build_is_one_of_plan() -> None:
 
 
 def test_generate_counts_prompts_and_at_most_so_many_tokens(
-    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    prompt_flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "one two three"}))
-    corpus = ["--teacher", str(teacher), "--corpus", str(tmp_path / "prompts.jsonl"), "--engine", "transformers"]
-    assert main(["plan", *corpus, "--mode", "generate", "--n", "3", "--max_tokens", "10"]) == 0
+    assert main(["plan", *prompt_flags, "--n", "3", "--max_tokens", "10"]) == 0
     printed = capsys.readouterr().out
     assert "3 in 1 shards" in printed
     assert "at most 39 to read and write" in printed

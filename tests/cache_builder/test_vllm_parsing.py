@@ -189,7 +189,7 @@ def test_where_samples_have_no_seeds_the_first_one_seeds_the_engine(
     def load() -> None:
         raise EngineError("far enough")
 
-    monkeypatch.setattr("cache_builder.engines.vllm_generate._seeds_kill", lambda: seeds_kill)
+    monkeypatch.setattr("cache_builder.engines.vllm_generate.is_cpu_build", lambda: seeds_kill)
     engine: Any = types.SimpleNamespace(flat_reason=None, arguments={}, is_loaded=False, load=load)
     prompts = [Prompt(ids=np.arange(2), text="", turns=None, seed=seed, max_tokens=1) for seed in (2**63 - 1, 5)]
     generator = VllmGenerator(engine, Sampling(), [])
