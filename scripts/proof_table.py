@@ -157,7 +157,8 @@ def merged(blocks: Sequence[Block]) -> list[Block]:
     found: dict[tuple, Block] = {}
     for block in blocks:
         key = (block.task, block.student, block.answers, block.k_ids, block.fraction)
-        found[key] = replace(found[key], arms=(*found[key].arms, *block.arms)) if key in found else block
+        before = found.get(key, replace(block, arms=()))
+        found[key] = replace(before, arms=tuple(dict.fromkeys((*before.arms, *block.arms))))
     return list(found.values())
 
 
