@@ -87,6 +87,7 @@ COMMON = {
     "attention_bias": False,
     "torch_dtype": "bfloat16",
 }
+WARM_UP = 6  # a part of the prompts, in every arm, before any is measured
 ARMS = {
     "plain": "plain generation",
     "seeds": "with a seed per request",
@@ -192,52 +193,54 @@ class Bench:
         self.sampling = Sampling(max_tokens=given.max_tokens)
         self.settings = settings(self.config, self.sampling, given.profile)
         self.documents = [prompt_document(number, given.prompt_tokens) for number in range(given.prompts)]
-        self.recipe = Recipe(
+        self.encoders = ShardEncoders(self.settings, given.encoders) if given.encoders else None
+        worker = self.worker(self.documents)
+        self.prompts = [worker.prompt(document, 0) for document in self.documents]
+
+    def worker(self, documents: list[Document]) -> BenchWorker:
+        recipe = Recipe(
             output=self.output,
             settings=self.settings,
-            plan=make_plan(self.documents, given.documents_per_shard),
+            plan=make_plan(documents, self.given.documents_per_shard),
             engine="vllm",
             engine_config=self.config,
             cutter=None,  # type: ignore[arg-type]
             sampling=self.sampling,
-            encoders=given.encoders,
+            encoders=self.given.encoders,
         )
-        self.encoders = ShardEncoders(self.settings, given.encoders) if given.encoders else None
-        worker = self.worker()
-        self.prompts = [worker.prompt(document, 0) for document in self.documents]
-
-    def worker(self) -> BenchWorker:
-        worker = BenchWorker(self.recipe, self.engine)
+        worker = BenchWorker(recipe, self.engine)
         worker.encoders = self.encoders
         return worker
 
-    def run(self, arm: str) -> int:
+    def run(self, arm: str, count: int) -> int:
+        """The tokens that the first `count` prompts were answered with."""
         self.engine.config = replace(self.config, rank_edges=None) if arm == "logprobs" else self.config
         if arm in ("plain", "seeds"):
-            return self.vllm(seeds=arm == "seeds")
-        return self.ours() if arm == "ours" else self.rows(kept=arm == "kept")
+            return self.vllm(self.prompts[:count], seeds=arm == "seeds")
+        return self.ours(self.documents[:count]) if arm == "ours" else self.rows(self.prompts[:count], arm == "kept")
 
-    def vllm(self, *, seeds: bool) -> int:
+    def vllm(self, prompts: list[Prompt], *, seeds: bool) -> int:
         from vllm import SamplingParams
 
         parameters = [
             SamplingParams(
                 temperature=1.0, max_tokens=prompt.max_tokens, seed=prompt.seed if seeds else None, detokenize=False
             )
-            for prompt in self.prompts
+            for prompt in prompts
         ]
-        prompts = [{"prompt_token_ids": prompt.ids.tolist()} for prompt in self.prompts]
-        outputs = self.engine.load().generate(prompts, parameters, use_tqdm=False)
+        requests = [{"prompt_token_ids": prompt.ids.tolist()} for prompt in prompts]
+        outputs = self.engine.load().generate(requests, parameters, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
-    def rows(self, *, kept: bool) -> int:
+    def rows(self, prompts: list[Prompt], kept: bool) -> int:
         generator = self.engine.generator(self.sampling, [])
         generator.kept, generator.seeds = kept, False
-        return sum(len(generation.ids) for generation in generator.generate(iter(self.prompts)))
+        return sum(len(generation.ids) for generation in generator.generate(iter(prompts)))
 
-    def ours(self) -> int:
-        worker, plan = self.worker(), self.recipe.plan
-        jobs = [(shard, [self.documents[number] for number in members]) for shard, members in enumerate(plan.shards)]
+    def ours(self, documents: list[Document]) -> int:
+        worker = self.worker(documents)
+        shards = worker.recipe.plan.shards
+        jobs = [(shard, [documents[number] for number in members]) for shard, members in enumerate(shards)]
         worker.run(jobs, lambda shard, work: None, Progress(0, 0, 0))
         rows = worker.writer.finalize().counts["rows"]
         shutil.rmtree(self.output)
@@ -255,15 +258,16 @@ def measure(bench: Bench, given: argparse.Namespace) -> list[dict[str, Any]]:
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     tokens: dict[str, int] = {}
     table, rows = ResultTable(given.results), []
-    for repeat in range(given.repeats + 1):
+    for arm in arms:  # compile every kernel, fill every batch
+        bench.run(arm, max(1, given.prompts // WARM_UP))
+    for repeat in range(given.repeats):
         for arm in arms:
             started = time.monotonic()
-            tokens[arm] = bench.run(arm)
-            print(f"{repeat}: {arm} {time.monotonic() - started:.2f} s", file=sys.stderr, flush=True)
-            if repeat:  # the first round compiles
-                seconds[arm].append(time.monotonic() - started)
-                rows = [_row(bench, arm, times, seconds["plain"], tokens) for arm, times in seconds.items() if times]
-                table.write(rows)
+            tokens[arm] = bench.run(arm, given.prompts)
+            seconds[arm].append(time.monotonic() - started)
+            print(f"{repeat}: {arm} {seconds[arm][-1]:.2f} s", file=sys.stderr, flush=True)
+            rows = [_row(bench, arm, times, seconds["plain"], tokens) for arm, times in seconds.items() if times]
+            table.write(rows)
     if len(set(tokens.values())) > 1:
         raise SystemExit(f"the arms did not do the same work: {tokens}")
     return rows

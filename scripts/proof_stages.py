@@ -149,6 +149,8 @@ class Stages:
         flags["documents_per_shard"] = -(-training.documents // SHARDS)
         if task == "wikipedia":
             flags |= {"min_bytes": MIN_BYTES, "max_model_len": 1024, "max_documents": training.documents}
+            if self.scale == "gpu":  # beside cells under way
+                flags |= {"engine": "vllm", "gpu_memory_utilization": 0.4}
         elif answers == "teacher":
             flags |= {"mode": "generate", "temperature": 0, "max_tokens": training.max_new_tokens}
         return flags
@@ -171,7 +173,7 @@ class Stages:
             with redirect_stdout(StringIO()):  # its summary
                 cache_builder(words)
             return
-        each = -(-SHARDS // self.builders)
+        each = SHARDS if flags["engine"] == "vllm" else -(-SHARDS // self.builders)  # one of vLLM's fills a GPU
         command = [sys.executable, "-m", "cache_builder", *words, "--shard_range"]
         builders = [
             subprocess.Popen([*command, f"{first}:{first + each}"], stdout=subprocess.DEVNULL)
