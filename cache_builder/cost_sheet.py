@@ -24,7 +24,7 @@ MEASURED_K = 64
 VALUE_BYTES = {"exact": 256.0, "half": 87.0, "compact": 24.0, "sketch": 16.0}
 ID_BYTES = 20.0 / 16  # per rank whose id is kept; 16 ids took 20 bytes in the same rows
 OTHER_BYTES = 6.0  # per row: its place, the gold log-probability, its share of text and records
-CAPTURE_RATIO = 0.86  # scoring with capture, codec and disk over prefill alone: an H100, 8B shape (bench_capture.py)
+CAPTURE_RATIO = 0.88  # scoring with capture, codec and disk over prefill alone: an H200, 8B shape (bench_capture.py)
 PROBED = 256  # documents that a probe takes its requests from
 READ_BYTES_PER_SECOND = 200e6  # what a student's storage gives; local disks and object stores give more
 

@@ -7,9 +7,11 @@
 
 A cell is one student trained by `CachedDistillationTrainer` (proof_grid.py says which there are, proof_stages.py what
 they need first). A row is appended when its cell is finished, so a killed cell leaves none; the same command goes on.
-Several processes (`--workers`, or the command given several times) share one GPU, which one of them does not fill: each
-takes cells that nobody else has under way. The tables of distill/README.md come from the rows (proof_table.py). Where
-`--teacher` and `--student` are not given they are Gemma-3-270M and SmolLM2-135M-Instruct (demo_assets.py).
+Several processes (`--workers`, or the command given several times) share the GPUs that they see, of which one process
+would not fill even one: each takes cells that nobody else has under way. They take turns on a GPU unless NVIDIA's
+multi-process service runs (`nvidia-cuda-mps-control -d`, before the command). The tables of distill/README.md come from
+the rows (proof_table.py). Where `--teacher` and `--student` are not given they are Gemma-3-270M and
+SmolLM2-135M-Instruct (demo_assets.py).
 """
 
 import argparse
@@ -175,11 +177,28 @@ def prepare(options: argparse.Namespace, stages: Any, say: Callable[[str], None]
             return
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that processes started from here may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
 def run_workers(count: int, budget_seconds: float, words: list[str]) -> int:
-    """The same command in `count` processes, and one more that makes, ahead of them, what cells to come will need."""
+    """The same command in `count` processes, and one more that makes, ahead of them, what cells to come will need.
+
+    Each has one of the GPUs, in turn.
+    """
     command = [sys.executable, __file__, *words, "--workers", "1"]  # the last of two flags counts
     ahead = ["--prepare", "--budget_seconds", str(count * budget_seconds)]
-    processes = [subprocess.Popen([*command, *more]) for more in (ahead, *[[]] * count)]
+    gpus = visible_gpus() or [""]
+    processes = [
+        subprocess.Popen([*command, *more], env=os.environ | {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]})
+        for number, more in enumerate((ahead, *[[]] * count))
+    ]
     try:
         return max(process.wait() for process in processes)
     except KeyboardInterrupt:  # they got it, too

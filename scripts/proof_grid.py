@@ -150,25 +150,25 @@ def _blocks() -> tuple[Block, ...]:
     healed, whole = "smollm2-10-healed", "smollm2"
     cut = {"task": "wikipedia", "student": "smollm2-10"}
     few_arms = ("ce", "mapped", "uld")
+    other_tasks = ("narrative_qa", "pubmed_qa", "boolq", "dialogues")
     blocks = [
         Block(**cut, arms=CORE_ARMS, core=True),
         Block(task="disfl_qa", student=healed, arms=CORE_ARMS, core=True),
         Block(task="xsum", student=healed, arms=CORE_ARMS, core=True),
+        # Every kind of task before any is complete.
+        Block(task="wikipedia", student=whole, arms=few_arms),
         Block(**cut, arms=STRONGER_ARMS),
+        *[Block(task=task, student=healed, arms=few_arms) for task in other_tasks],
         # Where text is scarce CE overfits at every rate: each arm is tuned there, too.
         Block(**cut, arms=("ce", "mapped", "mapped 3", "uld"), fraction=0.25),
+        *[Block(**cut, arms=("mapped",), k_ids=k_ids, tuned=False) for k_ids in (64, 4, 32, 8)],
     ]
-    blocks += [Block(**cut, arms=("mapped",), k_ids=k_ids, tuned=False) for k_ids in (64, 4, 32, 8)]
     # The paper's regime: a whole student, a small set, several epochs, answers that the teacher wrote.
     blocks += [
         Block(task="disfl_qa", student=whole, arms=("ce", "uld", "uld positional", "mapped"), answers=answers)
         for answers in ("teacher", "given")
     ]
     blocks += [Block(task=task, student=healed, arms=STRONGER_ARMS) for task in ("disfl_qa", "xsum")]
-    # One block for every kind of task before any is complete.
-    other_tasks = ("narrative_qa", "pubmed_qa", "boolq", "dialogues")
-    blocks += [Block(task=task, student=healed, arms=few_arms) for task in other_tasks]
-    blocks.append(Block(task="wikipedia", student=whole, arms=few_arms))
     blocks.append(Block(**cut, arms=OTHER_ARMS))
     blocks += [
         Block(task="disfl_qa", student=healed, arms=few_arms, fraction=0.25),

@@ -150,7 +150,7 @@ class Stages:
         if task == "wikipedia":
             flags |= {"min_bytes": MIN_BYTES, "max_model_len": 1024, "max_documents": training.documents}
             if self.scale == "gpu":  # beside cells under way
-                flags |= {"engine": "vllm", "gpu_memory_utilization": 0.4}
+                flags |= {"engine": "vllm", "gpu_memory_utilization": 0.4, "enforce_eager": True}
         elif answers == "teacher":
             flags |= {"mode": "generate", "temperature": 0, "max_tokens": training.max_new_tokens}
         return flags
@@ -168,7 +168,9 @@ class Stages:
 
     def _run_builders(self, flags: dict[str, Any]) -> None:
         """`cache-builder build`, in this process or in several that share the shards. Exits where one of them fails."""
-        words = ["build", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
+        words = ["build"]
+        for name, value in flags.items():
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
         if self.builders == 1:
             with redirect_stdout(StringIO()):  # its summary
                 cache_builder(words)

@@ -3,6 +3,7 @@
 Only what the documents score is learned (the answers and their end), as everywhere in the house.
 """
 
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from storage_specs import cut_windows, render
 from storage_specs.document import Document
+from storage_specs.errors import NonFiniteLossError
 
 NO_LABEL = -100
+ATTENDED = 16 << 20  # pairs of positions at once, whose attention is kept for the backward pass
 
 
 def fine_tune(
@@ -31,16 +34,20 @@ def fine_tune(
 ) -> None:
     """Write a fine-tuned copy of the model in `base` into the folder `output`, tokenizer included.
 
-    Documents of more than `max_length` tokens keep the last ones, where the answer stands.
+    Documents of more than `max_length` tokens keep the last ones, where the answer stands. Raises NonFiniteLossError
+    where training ends in weights that are not finite.
     """
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    # torch's fused attention gave NaN gradients on an H200: batches padded on the left have rows that see no position.
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
     examples = [example_of(tokenizer, document, max_length) for document in documents]
+    at_once = math.gcd(batch, 2 ** int(math.log2(max(1, ATTENDED // max_length**2))))
     with tempfile.TemporaryDirectory() as scratch:
         config = TrainingArguments(
             output_dir=scratch,
             num_train_epochs=epochs,
-            per_device_train_batch_size=batch,
+            per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=batch // at_once,
             learning_rate=rate,
             warmup_steps=10,
             lr_scheduler_type="cosine",
@@ -55,6 +62,8 @@ def fine_tune(
         trainer = Trainer(model, config, data_collator=padded, train_dataset=examples)
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
+    if broken := [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]:
+        raise NonFiniteLossError(f"the fine-tuned teacher's {broken[0]} (and {len(broken) - 1} more) are not finite")
     model.to(torch.bfloat16).save_pretrained(output)
     for file in (*base.glob("*token*"), *base.glob("*.jinja")):  # as they are: a class would rebuild what it thinks fit
         (output / file.name).write_bytes(file.read_bytes())

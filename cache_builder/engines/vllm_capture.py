@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from cache_builder.engines.reduction import bytes_per_row, reduce_rows
-from cache_builder.engines.vllm_sampled import Answer, SampledRows, hook_sampler, release_sampler
+from cache_builder.engines.vllm_sampled import Chunk, SampledRows, hook_sampler, release_sampler
 
 KNOWN_VERSIONS = ((0, 26), (0, 32))
 EXTENSION = "cache_builder.engines.vllm_capture.CaptureExtension"
@@ -89,10 +89,10 @@ class CaptureExtension:
             return f"this vLLM's sampler is laid out differently ({error})"
         return None
 
-    def capture_take(self, names: list[str]) -> list[Answer] | None:
-        """The rows of finished requests; None from a worker that keeps none."""
+    def capture_take(self, wait: bool) -> list[Chunk] | None:
+        """The rows of steps that are done, or of all; None from a worker that keeps none."""
         rows = self.__dict__.get("sampled_rows")
-        return None if rows is None else rows.take(names)
+        return None if rows is None else rows.take(wait)
 
     def capture_sampled_stop(self) -> None:
         release_sampler(self.model_runner)
@@ -160,6 +160,7 @@ class Capture:
                 if logits_BV.shape[1] != self.vocab_size:
                     raise ValueError(f"the model's logits are {logits_BV.shape[1]} wide, expected {self.vocab_size}")
                 parts.append(reduce_rows(logits_BV, target_N[start : start + block], self.k, self.rank_edges))
+            del logits_BV  # the next block takes its place
         return (torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])) if parts else None
 
 

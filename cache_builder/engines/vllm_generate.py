@@ -19,11 +19,11 @@ import numpy as np
 from cache_builder.engines.base import ordered_scores, window_scores
 from cache_builder.engines.generating import Generation, Prompt, StopStrings
 from cache_builder.engines.vllm import VllmEngine, is_cpu_build
-from cache_builder.engines.vllm_sampled import SEPARATOR, flat_rows_of, rows_of
+from cache_builder.engines.vllm_sampled import SEPARATOR, CompletionRows, flat_rows_of
 from cache_builder.sampling import Sampling
 from storage_specs.errors import EngineError
 
-TAKEN_AT_ONCE = 32  # finished requests whose rows are fetched together: each time waits for a step to end
+TAKEN_AT_ONCE = 16  # steps whose rows are fetched together: each time waits for a step to end
 
 
 class VllmGenerator:
@@ -49,12 +49,15 @@ class VllmGenerator:
         running: OrderedDict[str, StopStrings] = OrderedDict()
         ended: dict[str, tuple[Any, str | None]] = {}  # with their text, but without their rows yet
         done: dict[str, Generation] = {}
+        rows = self._no_rows()
+        steps = 0
         try:
             while True:
                 while len(running) < most and (prompt := next(source, None)) is not None:
                     name = f"prompt-{self._requests}"
                     self._requests += 1
                     running[name] = StopStrings(self.sampling.stop)
+                    rows.expect(name)
                     request = {"prompt_token_ids": prompt.ids.tolist()}
                     self.engine.ask(core.add_request, name + SEPARATOR, request, self._parameters(prompt))
                 if not running:
@@ -66,9 +69,16 @@ class VllmGenerator:
                         core.abort_request([output.request_id])
                     if output.finished or stop_reason is not None:
                         ended[name] = (output.outputs[0], stop_reason)
-                if ended and (len(ended) >= TAKEN_AT_ONCE or len(ended) + len(done) == len(running)):
-                    done |= self._finished(llm, ended)
-                    ended = {}
+                steps += 1
+                all_ended = len(ended) + len(done) == len(running)
+                if not self.kept or all_ended or steps % TAKEN_AT_ONCE == 0:
+                    if self.kept:
+                        taken = self.engine.ask(llm.collective_rpc, "capture_take", None, (all_ended,))
+                        rows.add(next(chunks for chunks in taken if chunks is not None))
+                    for name, (output, reason) in list(ended.items()):
+                        if not self.kept or all_ended or rows.count(name) >= len(output.token_ids):
+                            done[name] = self._generation(output, rows, name, reason)
+                            del ended[name]
                 while running and (name := next(iter(running))) in done:
                     del running[name]
                     yield done.pop(name)
@@ -103,15 +113,6 @@ class VllmGenerator:
             )
         print(f"vllm {self.engine.version}: rows through flat logprobs, slower: {problem}", file=sys.stderr)
 
-    def _finished(self, llm: Any, ended: dict[str, tuple[Any, str | None]]) -> dict[str, Generation]:
-        if not self.kept:
-            return {name: self._generation(output, None, reason) for name, (output, reason) in ended.items()}
-        answers = next(filter(None, self.engine.ask(llm.collective_rpc, "capture_take", None, (list(ended),))))
-        return {
-            name: self._generation(output, answer, reason)
-            for (name, (output, reason)), answer in zip(ended.items(), answers, strict=True)
-        }
-
     def _parameters(self, prompt: Prompt) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -139,17 +140,20 @@ class VllmGenerator:
                 return reason
         return None
 
-    def _generation(self, output: Any, answer: Any, stop_reason: str | None) -> Generation:
-        ids_G, config = np.array(output.token_ids, dtype=np.int64), self.engine.config
-        k, bins = config.k, 0 if config.rank_edges is None else len(config.rank_edges) - 1
+    def _no_rows(self) -> CompletionRows:
+        edges = self.engine.config.rank_edges
+        return CompletionRows(self.engine.config.k, 0 if edges is None else len(edges) - 1)
+
+    def _generation(self, output: Any, rows: CompletionRows, name: str, stop_reason: str | None) -> Generation:
+        ids_G, k = np.array(output.token_ids, dtype=np.int64), self.engine.config.k
         try:
-            if answer is None:
+            if self.kept:
+                values_GW, ids_GK = rows.pop(name, ids_G)
+                tail_GJ = values_GW[:, 1 + k :] if self.engine.config.rank_edges is not None else None
+                scores = ordered_scores(values_GW[:, 0], values_GW[:, 1 : 1 + k], ids_GK, tail_GJ)
+            else:
                 ids, values = flat_rows_of(output.logprobs, ids_G, k)
                 scores = window_scores(values[:, 0], values[:, 1:], ids[:, 1:])
-            else:
-                values_GW, ids_GK = rows_of(answer, ids_G, k, bins)
-                tail_GJ = values_GW[:, 1 + k :] if bins else None
-                scores = ordered_scores(values_GW[:, 0], values_GW[:, 1 : 1 + k], ids_GK, tail_GJ)
         except ValueError as error:
             raise EngineError(f"vLLM's rows of sampled tokens are laid out differently: {error}") from None
         return Generation(

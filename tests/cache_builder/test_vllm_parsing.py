@@ -15,7 +15,14 @@ from cache_builder.engines.generating import Prompt
 from cache_builder.engines.vllm import parse_flat
 from cache_builder.engines.vllm_failures import failure
 from cache_builder.engines.vllm_generate import VllmGenerator
-from cache_builder.engines.vllm_sampled import SampledRows, flat_rows_of, hook_sampler, release_sampler, rows_of
+from cache_builder.engines.vllm_sampled import (
+    CompletionRows,
+    SampledRows,
+    Step,
+    flat_rows_of,
+    hook_sampler,
+    release_sampler,
+)
 from cache_builder.main import main
 from cache_builder.sampling import Sampling
 from storage_specs.errors import ConfigError, DeviceMemoryError, EngineError
@@ -130,27 +137,52 @@ def test_rows_that_are_laid_out_otherwise_are_refused() -> None:
             flat_rows_of(flat, np.array(wrong), 2)
 
 
-def test_a_worker_gives_the_rows_of_a_request_once_and_drops_what_comes_late() -> None:
+def test_steps_are_taken_once_and_sorted_out_by_request() -> None:
     """Two requests, the second of which reads its prompt in the first step; names end where vLLM adds its own."""
-    rows, generator = SampledRows(2, (2, 5)), torch.Generator().manual_seed(0)
+    kept, generator = SampledRows(2, (2, 5)), torch.Generator().manual_seed(0)
     logits_SBV = torch.randn(4, 2, 5, generator=generator)
+    rows = CompletionRows(2, 1)
+    for name in ("a", "b", "c"):
+        rows.expect(name)
     for step, logits_BV in enumerate(logits_SBV):
         sampled_B = torch.tensor([step, 4 - step])
-        rows.keep(["a#-12ab", "b#"], logits_BV, sampled_B, torch.tensor([True, step > 0]))
-    answer, other = rows.take(["a", "b"])
-    values_GW, ids_GK = rows_of(answer, np.array([0, 1, 2]), 2, 1)
+        kept.keep(["a#-12ab", "b#"], logits_BV, sampled_B, torch.tensor([True, step > 0]))
+        if step == 1:
+            rows.add(kept.take(False))
+    kept.keep(["a#-12ab"], logits_SBV[0, :1], torch.tensor([0]), torch.tensor([True]))  # as it ended
+    chunks = kept.take(True)
+    assert [names for names, _ in chunks] == [["a#-12ab", "b#"], ["a#-12ab"]]
+    rows.add(chunks)
+    assert (kept.take(True), [rows.count(name) for name in "abc"]) == ([], [5, 3, 0])
+    values_GW, ids_GK = rows.pop("a", np.array([0, 1, 2]))
     sorted_GV = logits_SBV[:3, 0].log_softmax(-1).sort(descending=True)
     np.testing.assert_allclose(values_GW[:, 1:3], sorted_GV.values[:, :2], atol=1e-6)
     np.testing.assert_allclose(values_GW[:, 3], 1 - sorted_GV.values[:, :2].exp().sum(1), atol=1e-6)
     np.testing.assert_allclose(values_GW[:, 0], logits_SBV[:3, 0].log_softmax(-1).diagonal(), atol=1e-6)
     assert ids_GK.tolist() == sorted_GV.indices[:, :2].tolist()
-    assert rows_of(other, np.array([3, 2, 1]), 2, 1)[0].shape == (3, 4)
-    for wrong in ([0, 1, 2, 3, 4], [1, 1]):
-        with pytest.raises(ValueError, match="which are not"):
-            rows_of(answer, np.array(wrong), 2, 1)
-    rows.keep(["a#-12ab"], logits_SBV[0, :1], torch.tensor([0]), torch.tensor([True]))
-    assert rows.take(["c"])[0][0] == 0
-    assert not rows.open
+    rows.add(chunks)  # what comes late, of a request that is done
+    assert "a" not in rows.parts
+
+
+@pytest.mark.parametrize("wrong", [[3, 2, 1, 0, 0], [3, 3]])
+def test_rows_of_other_tokens_are_refused(wrong: list[int]) -> None:
+    kept, rows = SampledRows(2, None), CompletionRows(2, 0)
+    rows.expect("a")
+    for token in (3, 2, 1):
+        kept.keep(["a#"], torch.randn(1, 5), torch.tensor([token]), torch.tensor([True]))
+    rows.add(kept.take(True))
+    with pytest.raises(ValueError, match="which are not"):
+        rows.pop("a", np.array(wrong))
+
+
+@pytest.mark.parametrize(("wait", "taken"), [(False, 1), (True, 3)])
+def test_steps_under_way_are_waited_for_only_where_that_is_asked(wait: bool, taken: int) -> None:
+    rows = SampledRows(2, None)
+    for done in (True, False, True):  # a device is done with its steps in order
+        ready = types.SimpleNamespace(query=lambda done=done: done, synchronize=lambda: None)
+        rows.open.append(Step(["a#"], torch.zeros(1, 6, dtype=torch.int32), ready))
+    assert [len(packed) for _, packed in rows.take(wait)] == [taken * 6 * 4]
+    assert len(rows.open) == 3 - taken
 
 
 class Sampler:
@@ -170,8 +202,10 @@ def test_the_v2_sampler_is_seen_and_let_go() -> None:
         rows = SampledRows(3, None)
         hook_sampler(runner, rows)
     output = runner.sampler(logits_BV.clone(), batch)
-    (answer,) = rows.take(["b"])
-    values_GW, _ = rows_of(answer, output.sampled_token_ids[1].numpy(), 3, 0)
+    completions = CompletionRows(3, 0)
+    completions.expect("b")
+    completions.add(rows.take(True))
+    values_GW, _ = completions.pop("b", output.sampled_token_ids[1].numpy())
     expected_V = logits_BV[1].log_softmax(-1)
     np.testing.assert_allclose(values_GW[0], expected_V.max().repeat(1).tolist() + expected_V.topk(3).values.tolist())
     release_sampler(runner)

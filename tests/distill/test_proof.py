@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from proof_documents import View, shuffled_rows
 from proof_grid import ARMS, BLOCKS, KEY, RATES, Block, Cell, best_rate, cells_of
 from proof_rows import append_row
 from proof_stages import Stages
-from proof_teacher import NO_LABEL, example_of, padded
+from proof_teacher import NO_LABEL, example_of, fine_tune, padded
 from result_table import read_rows
 from transformers import AutoModelForCausalLM
 
@@ -298,3 +299,25 @@ def test_the_table_says_what_is_gained_what_is_lost_and_what_nobody_knows():
 def test_the_readme_shows_what_the_rows_say():
     text = proof_table.README.read_text(encoding="utf8")
     assert proof_table.written_into(text, read_rows(proof.RESULTS)) == text
+
+
+@pytest.mark.parametrize(("named", "expected"), [("", []), ("1,GPU-7", ["1", "GPU-7"]), (None, ["0", "1"])])
+def test_workers_share_the_gpus_that_they_may_use(
+    named: str | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert proof.visible_gpus() == expected
+
+
+def test_a_teacher_that_is_not_finite_is_not_kept(student_path, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = [completion_document(f"Question {number}? Answer:", " yes") for number in range(4)]
+    settings = {"batch": 4, "max_length": 64, "epochs": 1}
+    fine_tune(student_path, documents, tmp_path, rate=1e-4, **settings)
+    tuned, base = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path, student_path))
+    assert digest(tuned) != digest(base)
+    with pytest.raises(NonFiniteLossError, match="are not finite"):
+        fine_tune(student_path, documents, tmp_path / "no", rate=math.inf, **settings)
+    assert not (tmp_path / "no").exists()
