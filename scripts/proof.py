@@ -62,10 +62,10 @@ def chosen_cells(options: argparse.Namespace, rows: Sequence[Row]) -> list[Cell]
 
 
 def predicted_seconds(cell: Cell, rows: Sequence[Row]) -> float:
-    """The median of like cells; before there are any, a guess."""
+    """The median of like cells, step by step; before there are any, a guess."""
     like = [row for row in rows if all(row[name] == getattr(cell, name) for name in ("scale", "task", "student"))]
     if like:
-        return statistics.median(float(row["seconds"]) for row in like)
+        return cell.training.steps * statistics.median(float(row["seconds"]) / float(row["steps"]) for row in like)
     step, rest = GUESS[cell.scale]
     return cell.training.steps * step + rest
 
@@ -168,8 +168,8 @@ def prepare(options: argparse.Namespace, stages: Any, say: Callable[[str], None]
             continue
         needs = (cell.task, cell.student, cell.answers)
         if needs not in ready:
-            stages.student_path(cell.student)
             stages.cache_path(cell.task, cell.answers)
+            stages.student_path(cell.student)
             ready.add(needs)
             say(f"{cell.task} with {cell.answers} answers, {cell.student}: ready")
         seconds += predicted_seconds(cell, rows)

@@ -2,7 +2,7 @@
 
 A cell is one training run and its measurements. Each block of the grid first tries every learning rate of each of its
 arms on seed 0; an arm's other seeds then take the rate that was best on validation documents, which are neither trained
-on nor reported. Cells that vary something else (`k_ids`, the share of documents) take the rate of the block they vary.
+on nor reported. Cells that vary `k_ids` take the rate of the block they vary.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -98,7 +98,7 @@ def rates_of(scale: str, student: str) -> tuple[float, ...]:
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One training run. answers: "given" (the corpus's own), or "teacher" (written by it, mode generate).
-    learning_rate: None where other cells' rows have yet to tell it."""
+    learning_rate: None where other cells' rows have yet to tell it. longer: times the task's steps."""
 
     scale: str
     task: str
@@ -109,10 +109,12 @@ class Cell:
     answers: str = "given"
     k_ids: int = DEFAULT_K_IDS
     fraction: float = 1.0
+    longer: int = 1
 
     @property
     def training(self) -> Training:
-        return SCALES[self.scale][self.task]
+        usual = SCALES[self.scale][self.task]
+        return replace(usual, steps=usual.steps * self.longer)
 
     @cached_property
     def key(self) -> tuple[str, ...]:
@@ -123,6 +125,7 @@ class Cell:
         varied = [f"k_ids {self.k_ids}"] if self.k_ids != DEFAULT_K_IDS else []
         varied += [f"{self.fraction:.0%} of the documents"] if self.fraction != 1 else []
         varied += ["the teacher's answers"] if self.answers == "teacher" else []
+        varied += [f"{self.longer} times the steps"] if self.longer != 1 else []
         name = " / ".join([self.task, self.student, self.arm, *varied])
         rate = "not yet known" if self.learning_rate is None else f"{self.learning_rate:g}"
         return f"{name}  rate {rate} seed {self.seed}"
@@ -141,9 +144,13 @@ class Block:
     answers: str = "given"
     k_ids: int = DEFAULT_K_IDS
     fraction: float = 1.0
+    longer: int = 1
     tuned: bool = True
     seeds: Sequence[int] = (0, 1, 2)
     core: bool = False
+
+
+VARIED = ("task", "student", "answers", "k_ids", "fraction", "longer")  # what all cells of a block have in common
 
 
 def _blocks() -> tuple[Block, ...]:
@@ -159,7 +166,8 @@ def _blocks() -> tuple[Block, ...]:
         Block(task="wikipedia", student=whole, arms=few_arms),
         Block(**cut, arms=STRONGER_ARMS),
         *[Block(task=task, student=healed, arms=few_arms) for task in other_tasks],
-        # Where text is scarce CE overfits at every rate: each arm is tuned there, too.
+        # Over many epochs, and where text is scarce, CE overfits at every rate: each arm is tuned there, too.
+        Block(**cut, arms=("ce", "mapped", "mapped 3", "uld"), longer=4),
         Block(**cut, arms=("ce", "mapped", "mapped 3", "uld"), fraction=0.25),
         *[Block(**cut, arms=("mapped",), k_ids=k_ids, tuned=False) for k_ids in (64, 4, 32, 8)],
     ]
@@ -193,7 +201,7 @@ def cells_of(block: Block, scale: str, rows: Sequence[Row]) -> Iterator[Cell]:
                 yield _cell(block, scale, arm, rate, 0)
     for seed in block.seeds[1:] if block.tuned else block.seeds:
         for arm in block.arms:
-            tuned = block if block.tuned else replace(block, k_ids=DEFAULT_K_IDS, fraction=1.0)
+            tuned = block if block.tuned else replace(block, k_ids=DEFAULT_K_IDS)
             rate = best_rate([_cell(tuned, scale, arm, rate, 0) for rate in rates], rows)
             yield _cell(block, scale, arm, rate, seed)
 
@@ -207,7 +215,7 @@ def best_rate(tried: Sequence[Cell], rows: Sequence[Row]) -> float | None:
 
 
 def _cell(block: Block, scale: str, arm: str, rate: float | None, seed: int) -> Cell:
-    varied = {name: getattr(block, name) for name in ("task", "student", "answers", "k_ids", "fraction")}
+    varied = {name: getattr(block, name) for name in VARIED}
     return Cell(scale=scale, arm=arm, learning_rate=rate, seed=seed, **varied)
 
 

@@ -56,7 +56,7 @@ class Stages:
     scale: str
     teacher: str | None = None
     student: str | None = None
-    builders: int = 8 if torch.cuda.is_available() else 1
+    builders: int = 4 if torch.cuda.is_available() else 1
 
     @property
     def folder(self) -> Path:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from proof import RESULTS
-from proof_grid import ARMS, BLOCKS, DEFAULT_K_IDS, KEY, SCALES, Block, Cell, Row, cells_of, rates_of
+from proof_grid import ARMS, BLOCKS, DEFAULT_K_IDS, KEY, SCALES, VARIED, Block, Cell, Row, cells_of, rates_of
 from proof_rows import done_keys
 from result_table import read_rows
 
@@ -47,7 +47,7 @@ class Figure:
 def figures_of(block: Block, scale: str, rows: Sequence[Row]) -> list[Figure]:
     """The measured arms of a block, in its order. Rates that have not been tried yet are not waited for."""
     found = []
-    varied = {name: getattr(block, name) for name in ("task", "student", "answers", "k_ids", "fraction")}
+    varied = {name: getattr(block, name) for name in VARIED}
     for arm in block.arms:
         names = Cell(scale=scale, arm=arm, learning_rate=None, seed=0, **varied)
         same = dict(zip(KEY, names.key, strict=True))
@@ -96,9 +96,10 @@ def caption(block: Block, row: Row) -> str:
     """What was trained on what."""
     answers = ", answers written by the teacher" if block.answers == "teacher" else ""
     share = f", {block.fraction:.0%} of the documents" if block.fraction != 1 else ""
+    epochs = int(row["steps"]) * int(row["batch"]) / int(row["train_documents"])
     return (
         f"**{block.task}, {block.student}{answers}{share}**: {row['steps']} steps of {row['batch']} documents out of "
-        f"{row['train_documents']}; {row['test_documents']} test documents ({int(row['test_bytes']):,} bytes); ids of "
+        f"{row['train_documents']} ({epochs:.1f} epochs); {row['test_documents']} test documents ({int(row['test_bytes']):,} bytes); ids of "
         f"{block.k_ids} ranks; {row['machine']}."
     )
 
@@ -156,7 +157,7 @@ def merged(blocks: Sequence[Block]) -> list[Block]:
     """Blocks that differ only in their arms, and in when they are measured, as one."""
     found: dict[tuple, Block] = {}
     for block in blocks:
-        key = (block.task, block.student, block.answers, block.k_ids, block.fraction)
+        key = tuple(getattr(block, name) for name in VARIED)
         before = found.get(key, replace(block, arms=()))
         found[key] = replace(before, arms=tuple(dict.fromkeys((*before.arms, *block.arms))))
     return list(found.values())
