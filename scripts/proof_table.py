@@ -99,8 +99,8 @@ def caption(block: Block, row: Row) -> str:
     epochs = int(row["steps"]) * int(row["batch"]) / int(row["train_documents"])
     return (
         f"**{block.task}, {block.student}{answers}{share}**: {row['steps']} steps of {row['batch']} documents out of "
-        f"{row['train_documents']} ({epochs:.1f} epochs); {row['test_documents']} test documents ({int(row['test_bytes']):,} bytes); ids of "
-        f"{block.k_ids} ranks; {row['machine']}."
+        f"{row['train_documents']} ({epochs:.1f} epochs); {row['test_documents']} test documents "
+        f"({int(row['test_bytes']):,} bytes); ids of {block.k_ids} ranks; {row['machine']}."
     )
 
 
