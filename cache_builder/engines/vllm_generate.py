@@ -57,7 +57,8 @@ class VllmGenerator:
                     name = f"prompt-{self._requests}"
                     self._requests += 1
                     running[name] = StopStrings(self.sampling.stop)
-                    rows.expect(name)
+                    if self.kept:
+                        rows.expect(name)
                     request = {"prompt_token_ids": prompt.ids.tolist()}
                     self.engine.ask(core.add_request, name + SEPARATOR, request, self._parameters(prompt))
                 if not running:
