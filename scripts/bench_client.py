@@ -60,7 +60,7 @@ def fake_rows(generator: np.random.Generator, config: EngineConfig, length: int)
     logits_RK = np.sort(3 * generator.gumbel(size=(rows, k)), axis=1)[:, ::-1]
     probs_RK = np.exp(logits_RK - logits_RK.max(axis=1, keepdims=True))
     probs_RK *= 0.92 / probs_RK.sum(axis=1, keepdims=True)
-    bins = 0 if config.rank_edges is None else len(config.rank_edges) - 1
+    bins = config.bins
     parts = [np.full((rows, 1), -2.5), np.log(probs_RK), np.full((rows, bins), 0.08 / max(1, bins))]
     ids_RK = generator.integers(0, config.vocab_size, (rows, k), dtype=np.int32)
     return np.concatenate(parts, axis=1, dtype=np.float32), ids_RK

@@ -36,9 +36,9 @@ engine() { # its processes are forked: what they import was imported before
   esac; done
 }
 
-proof() { # GPU FLAGS...
-  local gpu=$1; shift
-  CUDA_VISIBLE_DEVICES=$gpu nice -n 5 python3 proof.py --scale gpu --work "$work" --results "$results/proof.csv" "$@"
+proof() { # GPUS FLAGS...: GPUS as CUDA_VISIBLE_DEVICES names them
+  local gpus=$1; shift
+  CUDA_VISIBLE_DEVICES=$gpus nice -n 5 python3 proof.py --scale gpu --work "$work" --results "$results/proof.csv" "$@"
 }
 
 unshared() { unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY; }
@@ -51,34 +51,29 @@ share() { # the service, for all that is started from here on; where it does not
   say "no multi-process service (see $logs/mps.log)"; unshared
 }
 
-cells() { # GPU FLAGS...: a device that fails under one process fails under all of the service's: they begin again
-  local gpu=$1; shift
-  until [ -e "$work/text-is-cached" ] || [ "$(left)" -lt 60 ]; do sleep 1; done
+cells() { # GPUS COUNT FLAGS...: a device that fails under one process fails under all of the service's: they begin again
+  local gpus=$1 workers=$(($2 * ${WORKERS:-10})); shift 2
   while [ "$(left)" -ge 60 ]; do
-    say "cells on GPU $gpu: start"
-    proof "$gpu" --workers "${WORKERS:-10}" --budget_seconds $(($(left) - 15)) "$@" >> "$logs/cells-$gpu.log" 2>&1 && break
+    say "cells on GPU $gpus: start"
+    proof "$gpus" --workers "$workers" --budget_seconds $(($(left) - 15)) "$@" >> "$logs/cells-$gpus.log" 2>&1 && break
   done
-  say "cells on GPU $gpu: done"
+  say "cells on GPU $gpus: done"
 }
 
 python3 demo_assets.py teacher student text > "$logs/assets.log" 2>&1 || { say "no models (see $logs/assets.log)"; exit 1; }
 say "models are there"
 export OMP_NUM_THREADS=1
 share
-(
-  unshared # vLLM weighs its GPU's memory as it starts, and must have it alone
-  OMP_NUM_THREADS=8 proof 0 --prepare --tasks wikipedia --students smollm2-10 > "$logs/text.log" 2>&1 \
-    && touch "$work/text-is-cached" || say "no cached text (see $logs/text.log)"
-  engine
-  touch "$work/gpu-0-is-free"
-) &
 if [ "$last" -gt 0 ]; then # the tasks' teachers learn meanwhile
   for tasks in "disfl_qa xsum" "narrative_qa pubmed_qa" "boolq dialogues"; do
     proof 1 --prepare --tasks $tasks > "$logs/prepare-${tasks%% *}.log" 2>&1 &
   done
-  for gpu in $(seq "$last"); do cells "$gpu" "$@" & done
 fi
-until [ -e "$work/gpu-0-is-free" ]; do sleep 1; done
-cells 0 "$@"
+# vLLM weighs its GPU's memory as it starts, and must have it alone.
+(unshared; OMP_NUM_THREADS=8 proof 0 --prepare --tasks wikipedia --students smollm2-10 > "$logs/text.log" 2>&1) \
+  && say "text is cached" || say "no cached text (see $logs/text.log)"
+[ "$last" -gt 0 ] && { cells "$(seq -s, "$last")" "$last" "$@" & }
+(unshared; engine)
+cells 0 1 "$@"
 wait
 say "done"

@@ -47,6 +47,11 @@ class EngineConfig:
     def capacity(self) -> int:
         return self.max_model_len - 1
 
+    @property
+    def bins(self) -> int:
+        """J, 0 where no tail bins are wanted."""
+        return 0 if self.rank_edges is None else len(self.rank_edges) - 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class WindowScores:

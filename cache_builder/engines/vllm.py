@@ -272,7 +272,7 @@ def _off(*names: str) -> dict[str, bool]:
 def captured_scores(rows: Any, window: Window, config: EngineConfig) -> WindowScores:
     """The rows of one window from what the worker captured: values (L-1, 1 + K + J) and ids (L-1, K)."""
     values_LW, ids_LK = rows if isinstance(rows, tuple) else (np.zeros((0, 0)), np.zeros((0, 0)))
-    k, bins = config.k, 0 if config.rank_edges is None else len(config.rank_edges) - 1
+    k, bins = config.k, config.bins
     expected = len(window.ids) - 1
     if values_LW.shape != (expected, 1 + k + bins) or ids_LK.shape != (expected, k):
         raise EngineError(

@@ -49,8 +49,7 @@ class VllmGenerator:
         running: OrderedDict[str, StopStrings] = OrderedDict()
         ended: dict[str, tuple[Any, str | None]] = {}  # with their text, but without their rows yet
         done: dict[str, Generation] = {}
-        rows = self._no_rows()
-        steps = 0
+        rows, steps = CompletionRows(self.engine.config.k, self.engine.config.bins), 0
         try:
             while True:
                 while len(running) < most and (prompt := next(source, None)) is not None:
@@ -72,14 +71,8 @@ class VllmGenerator:
                         ended[name] = (output.outputs[0], stop_reason)
                 steps += 1
                 all_ended = len(ended) + len(done) == len(running)
-                if not self.kept or all_ended or steps % TAKEN_AT_ONCE == 0:
-                    if self.kept:
-                        taken = self.engine.ask(llm.collective_rpc, "capture_take", None, (all_ended,))
-                        rows.add(next(chunks for chunks in taken if chunks is not None))
-                    for name, (output, reason) in list(ended.items()):
-                        if not self.kept or all_ended or rows.count(name) >= len(output.token_ids):
-                            done[name] = self._generation(output, rows, name, reason)
-                            del ended[name]
+                if all_ended or not self.kept or steps % TAKEN_AT_ONCE == 0:
+                    done |= self._finished(llm, ended, rows, all_ended)
                 while running and (name := next(iter(running))) in done:
                     del running[name]
                     yield done.pop(name)
@@ -114,6 +107,20 @@ class VllmGenerator:
             )
         print(f"vllm {self.engine.version}: rows through flat logprobs, slower: {problem}", file=sys.stderr)
 
+    def _finished(
+        self, llm: Any, ended: dict[str, tuple[Any, str | None]], rows: CompletionRows, wait: bool
+    ) -> dict[str, Generation]:
+        """Those of `ended` whose rows have come, or all, waited for; they leave `ended`."""
+        if self.kept:
+            taken = self.engine.ask(llm.collective_rpc, "capture_take", None, (wait,))
+            rows.add(next(chunks for chunks in taken if chunks is not None))
+        whole = [
+            name
+            for name, (output, _) in ended.items()
+            if wait or not self.kept or rows.count(name) >= len(output.token_ids)
+        ]
+        return {name: self._generation(name, *ended.pop(name), rows) for name in whole}
+
     def _parameters(self, prompt: Prompt) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -141,16 +148,12 @@ class VllmGenerator:
                 return reason
         return None
 
-    def _no_rows(self) -> CompletionRows:
-        edges = self.engine.config.rank_edges
-        return CompletionRows(self.engine.config.k, 0 if edges is None else len(edges) - 1)
-
-    def _generation(self, output: Any, rows: CompletionRows, name: str, stop_reason: str | None) -> Generation:
+    def _generation(self, name: str, output: Any, stop_reason: str | None, rows: CompletionRows) -> Generation:
         ids_G, k = np.array(output.token_ids, dtype=np.int64), self.engine.config.k
         try:
             if self.kept:
                 values_GW, ids_GK = rows.pop(name, ids_G)
-                tail_GJ = values_GW[:, 1 + k :] if self.engine.config.rank_edges is not None else None
+                tail_GJ = values_GW[:, 1 + k :] if self.engine.config.bins else None
                 scores = ordered_scores(values_GW[:, 0], values_GW[:, 1 : 1 + k], ids_GK, tail_GJ)
             else:
                 ids, values = flat_rows_of(output.logprobs, ids_G, k)

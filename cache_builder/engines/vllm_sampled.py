@@ -76,7 +76,7 @@ class SampledRows:
             if wait and steps[-1].ready is not None:
                 steps[-1].ready.synchronize()
         return [
-            (names, b"".join(step.rows.numpy().data for step in same))
+            (names, b"".join([step.rows.numpy() for step in same]))
             for names, same in groupby(steps, key=lambda step: step.names)
         ]
 

@@ -160,6 +160,7 @@ def test_steps_are_taken_once_and_sorted_out_by_request() -> None:
     np.testing.assert_allclose(values_GW[:, 3], 1 - sorted_GV.values[:, :2].exp().sum(1), atol=1e-6)
     np.testing.assert_allclose(values_GW[:, 0], logits_SBV[:3, 0].log_softmax(-1).diagonal(), atol=1e-6)
     assert ids_GK.tolist() == sorted_GV.indices[:, :2].tolist()
+    assert rows.pop("b", np.array([3, 2, 1]))[0].shape == (3, 4)
     rows.add(chunks)  # what comes late, of a request that is done
     assert "a" not in rows.parts
 
