@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Refresh what scripts/results says of GPUs, as far as the time goes; what was not reached is said and left as it is.
 #   bash scripts/measure_gpus.sh SECONDS [RESULTS [proof.py's flags]]
-# GPU 0 makes the proof's text cache, then measures the engine (bench_capture.py, bench_generate.py, tests/gpu), then joins
-# the other GPUs, which measure cells of proof.py, many at a time by NVIDIA's multi-process service where it works.
-#   MEASURE   of "8b generate 1.7b k256 tests" (all)     WORKERS   of the proof on each GPU (10)
+# GPU 0 measures the engine (tests/gpu, bench_capture.py, bench_generate.py), then joins the other GPUs, which measure
+# cells of proof.py, many at a time by NVIDIA's multi-process service where it works.
+#   MEASURE   of "tests k256 1.7b generate 8b" (all)     WORKERS   of the proof on each GPU (10)
 #   WORK      models and caches of the proof (runs/proof)     LOGS   (runs/logs)
 # Needs torch, vLLM and what pyproject.toml names under `student`; TEACH_ONCE_PIECES where there is no package registry.
 set -uo pipefail
@@ -26,11 +26,11 @@ engine() { # its processes are forked: what they import was imported before
   export CUDA_VISIBLE_DEVICES=0 VLLM_WORKER_MULTIPROC_METHOD=fork PYTORCH_NVML_BASED_CUDA_CHECK=1
   local capture="python3 bench_capture.py --output $results/capture.csv --documents-per-shard 4 --routes prefill,disk,sketch-disk"
   local no_graphs='compilation_config={"cudagraph_mode":"NONE"}'
-  for one in ${MEASURE-8b generate 1.7b k256 tests}; do case $one in
+  for one in ${MEASURE-tests k256 1.7b generate 8b}; do case $one in
     8b) step 8b 200 $capture --k 64 128 --prompts 384 --engine "$no_graphs" ;;
-    1.7b) step 1.7b 150 $capture --shape qwen3-1.7b --prompts 1536 --engine "$no_graphs" ;;
-    k256) step k256 90 $capture --shape qwen3-1.7b --vocabulary 262144 --k 256 --prompts 128 --repeats 1 --engine "$no_graphs" ;;
-    generate) step generate 200 python3 bench_generate.py --prompts 1536 --max_tokens 288 --arms plain,kept,ours --repeats 2 \
+    1.7b) step 1.7b 150 $capture --shape qwen3-1.7b --prompts 1280 --repeats 3 --routes prefill,disk --engine "$no_graphs" ;;
+    k256) step k256 60 $capture --shape qwen3-1.7b --vocabulary 262144 --k 256 --prompts 128 --repeats 1 --engine enforce_eager ;;
+    generate) step generate 150 python3 bench_generate.py --prompts 1024 --max_tokens 288 --arms plain,ours --repeats 3 \
       --results "$results/generate.csv" ;;
     tests) step tests 60 env -u VLLM_WORKER_MULTIPROC_METHOD PYTHON=python3 bash test_gpu.sh ;;
   esac; done
@@ -38,21 +38,23 @@ engine() { # its processes are forked: what they import was imported before
 
 proof() { # GPUS FLAGS...: GPUS as CUDA_VISIBLE_DEVICES names them
   local gpus=$1; shift
-  CUDA_VISIBLE_DEVICES=$gpus nice -n 5 python3 proof.py --scale gpu --work "$work" --results "$results/proof.csv" "$@"
+  CUDA_VISIBLE_DEVICES=$gpus timeout -s INT "$(left)" nice -n 5 python3 proof.py --scale gpu --work "$work" --results "$results/proof.csv" "$@"
 }
 
-unshared() { unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY; }
-
-share() { # the service, for all that is started from here on; where it does not work processes take turns
+share() { # the service, for what is started from here on; where it does not work processes take turns
   export CUDA_MPS_PIPE_DIRECTORY=$(mktemp -d) CUDA_MPS_LOG_DIRECTORY=$logs
   trap 'CUDA_MPS_PIPE_DIRECTORY='"$CUDA_MPS_PIPE_DIRECTORY"' timeout 9 nvidia-cuda-mps-control <<< quit > /dev/null 2>&1' EXIT
   nvidia-cuda-mps-control -d > "$logs/mps.log" 2>&1 \
     && timeout 90 python3 -c "import torch; torch.ones(1, device='cuda').sum().item()" >> "$logs/mps.log" 2>&1 && return
-  say "no multi-process service (see $logs/mps.log)"; unshared
+  say "no multi-process service (see $logs/mps.log)"; unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
 }
 
 cells() { # GPUS COUNT FLAGS...: a device that fails under one process fails under all of the service's: they begin again
-  local gpus=$1 workers=$(($2 * ${WORKERS:-10})); shift 2
+  local gpus=$1 workers=$(($2 * ${WORKERS:-10})) first=${1%%,*} tasks; shift 2
+  python3 demo_assets.py teacher student text > "$logs/assets.log" 2>&1 || { say "no models (see $logs/assets.log)"; return; }
+  for tasks in wikipedia "disfl_qa xsum" "narrative_qa pubmed_qa" "boolq dialogues"; do # made side by side
+    proof "$first" "$@" --prepare --tasks $tasks > "$logs/prepare-${tasks%% *}.log" 2>&1 &
+  done
   while [ "$(left)" -ge 60 ]; do
     say "cells on GPU $gpus: start"
     proof "$gpus" --workers "$workers" --budget_seconds $(($(left) - 15)) "$@" >> "$logs/cells-$gpus.log" 2>&1 && break
@@ -60,20 +62,11 @@ cells() { # GPUS COUNT FLAGS...: a device that fails under one process fails und
   say "cells on GPU $gpus: done"
 }
 
-python3 demo_assets.py teacher student text > "$logs/assets.log" 2>&1 || { say "no models (see $logs/assets.log)"; exit 1; }
-say "models are there"
 export OMP_NUM_THREADS=1
+engine & measured=$!
 share
-if [ "$last" -gt 0 ]; then # the tasks' teachers learn meanwhile
-  for tasks in "disfl_qa xsum" "narrative_qa pubmed_qa" "boolq dialogues"; do
-    proof 1 --prepare --tasks $tasks > "$logs/prepare-${tasks%% *}.log" 2>&1 &
-  done
-fi
-# vLLM weighs its GPU's memory as it starts, and must have it alone.
-(unshared; OMP_NUM_THREADS=8 proof 0 --prepare --tasks wikipedia --students smollm2-10 > "$logs/text.log" 2>&1) \
-  && say "text is cached" || say "no cached text (see $logs/text.log)"
 [ "$last" -gt 0 ] && { cells "$(seq -s, "$last")" "$last" "$@" & }
-(unshared; engine)
+wait "$measured"
 cells 0 1 "$@"
 wait
 say "done"

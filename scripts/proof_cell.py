@@ -41,7 +41,7 @@ MEASURED = (
     *("teacher_score", "untrained_score", "other_scores", "bytes_per_row", "cache_id", "machine", "version", "torch"),
     *("transformers", "python", "date"),
 )
-EVALUATION_BATCH = {"cuda": 16, "cpu": 8}  # windows; several processes may share the GPU
+EVALUATION_BATCH = {"cuda": 8, "cpu": 8}  # windows; several processes may share the GPU
 
 
 class Laboratory:
@@ -161,6 +161,7 @@ def train_once(laboratory: Laboratory, cell: Cell) -> tuple[transformers.PreTrai
             max_steps=training.steps,
             per_device_train_batch_size=training.batch,
             max_length=training.max_length,
+            packing=True,  # the same loss and gradients over half of the padding
             warmup_steps=max(1, training.steps // 20),
             lr_scheduler_type="cosine",
             bf16=True,

@@ -162,14 +162,14 @@ def _blocks() -> tuple[Block, ...]:
         Block(**cut, arms=CORE_ARMS, core=True),
         Block(task="disfl_qa", student=healed, arms=CORE_ARMS, core=True),
         Block(task="xsum", student=healed, arms=CORE_ARMS, core=True),
-        # Every kind of task before any is complete.
-        Block(task="wikipedia", student=whole, arms=few_arms),
-        Block(**cut, arms=STRONGER_ARMS),
+        # Every kind of task, and of plain text the scarce kind, before any is complete.
         *[Block(task=task, student=healed, arms=few_arms) for task in other_tasks],
-        # Over many epochs, and where text is scarce, CE overfits at every rate: each arm is tuned there, too.
-        Block(**cut, arms=("ce", "mapped", "mapped 3", "uld"), longer=4),
+        # Where text is scarce, and over many epochs, CE overfits at every rate: each arm is tuned there, too.
         Block(**cut, arms=("ce", "mapped", "mapped 3", "uld"), fraction=0.25),
+        Block(task="wikipedia", student=whole, arms=few_arms),
         *[Block(**cut, arms=("mapped",), k_ids=k_ids, tuned=False) for k_ids in (64, 4, 32, 8)],
+        Block(**cut, arms=STRONGER_ARMS),
+        Block(**cut, arms=("ce", "mapped", "mapped 3", "uld"), longer=4),
     ]
     # The paper's regime: a whole student, a small set, several epochs, answers that the teacher wrote.
     blocks += [

@@ -149,8 +149,9 @@ class Stages:
         flags["documents_per_shard"] = -(-training.documents // SHARDS)
         if task == "wikipedia":
             flags |= {"min_bytes": MIN_BYTES, "max_model_len": 1024, "max_documents": training.documents}
-            if self.scale == "gpu":  # several times faster; as it starts, nobody may free memory of its GPU
-                flags |= {"engine": "vllm", "gpu_memory_utilization": 0.4, "enforce_eager": True}
+            if self.scale == "gpu":  # several times faster; told how much memory to take, since others share its GPU
+                flags |= {"engine": "vllm", "gpu_memory_utilization": 0.1, "enforce_eager": True}
+                flags |= {"kv_cache_memory_bytes": 4 << 30}
         elif answers == "teacher":
             flags |= {"mode": "generate", "temperature": 0, "max_tokens": training.max_new_tokens}
         return flags

@@ -99,7 +99,7 @@ def test_vllm_rows_equal_transformers(tmp_path: Path) -> None:
         rank_edges=EDGES,
         arguments={
             "enforce_eager": True, "max_num_batched_tokens": "128", "max_num_seqs": "16",
-            "gpu_memory_utilization": "0.3",
+            "gpu_memory_utilization": "0.1", "kv_cache_memory_bytes": str(1 << 30),  # whatever else the GPU holds
         },
     )  # fmt: skip
     generator = np.random.default_rng(0)
