@@ -181,7 +181,7 @@ def word_map_of(cache: Cache, tokenizer: PreTrainedTokenizerBase, config: Distil
     if not cache.with_ids:
         raise ConfigError(
             f"--loss {losses} needs the teacher's ids, and the cache {cache.path} has none: build it with --k-ids 16, "
-            "or leave that loss out"
+            "or use losses that read none, like the paper's (--loss ce:1,uld:1.5)"
         )
     vocabulary = cache.vocabulary
     if not config.mixture.needs_same_tokenizer:

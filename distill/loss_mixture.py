@@ -1,4 +1,4 @@
-"""`--loss ce:1,uld:1.5`: which losses a run minimises, with what weights, and what each of them needs.
+"""`--loss ce:1,mapped:1`: which losses a run minimises, with what weights, and what each of them needs.
 
 | name         | what is compared                                                    | needs                       |
 |--------------|---------------------------------------------------------------------|-----------------------------|

@@ -4,8 +4,9 @@
     python scripts/bench_generate.py --shape tiny --prompts 8 --max_tokens 16 --repeats 2   # CPU build of vLLM
 
 Run from the repository root (PYTHONPATH=. where the package is not installed). Completions have lengths drawn evenly
-from a third of max_tokens to all of it, so that finished requests give way to others as in a long build. Arms, in turns
-after a warm-up of each:
+from a third of max_tokens to all of it, so that finished requests give way to others as in a long build, or
+(`--lengths long_tail`) most are short and a few ten times as long, as where the teacher itself ends them. Arms, in
+turns after a warm-up of each:
 
     plain     vLLM's own requests, tokens only: no log-probabilities, no seeds
     seeds     the same with a seed per request
@@ -49,6 +50,7 @@ from storage_specs.plan import make_plan
 from storage_specs.settings import CacheSettings
 from storage_specs.sketch import log_rank_edges
 
+LENGTHS = ("even", "long_tail")
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-8b": {
         "hidden_size": 4096,
@@ -105,28 +107,36 @@ class BenchWorker(ShardWorker):
         return [b"w"] * self.recipe.settings.vocab_size
 
     def prompt(self, document: Document, sample: int) -> Prompt:
-        number, sampling = int(document.metadata["number"]), self.recipe.sampling
+        vocabulary = self.recipe.settings.vocab_size
         return Prompt(
-            ids=random_ids(number, document.metadata["tokens"], self.recipe.settings.vocab_size),
+            ids=random_ids(document.metadata["number"], document.metadata["tokens"], vocabulary),
             text="",
             turns=None,
-            seed=sampling.seed_of(document.doc_id, sample),
-            max_tokens=length_of(number, sampling.max_tokens),
+            seed=self.recipe.sampling.seed_of(document.doc_id, sample),
+            max_tokens=document.metadata["length"],
         )
 
 
-def length_of(number: int, longest: int) -> int:
-    return int(np.random.default_rng([number, longest]).integers(longest // 3, longest + 1))
+def length_of(number: int, longest: int, lengths: str) -> int:
+    random = np.random.default_rng([number, longest])
+    if lengths == "even":
+        return int(random.integers(longest // 3, longest + 1))
+    return int(min(longest, 1 + random.exponential(longest / 10)))
 
 
 def random_ids(number: int, tokens: int, vocab_size: int) -> np.ndarray:
     return np.random.default_rng(number).integers(0, vocab_size, tokens)
 
 
-def prompt_document(number: int, tokens: int) -> Document:
+def prompt_document(number: int, tokens: int, length: int) -> Document:
     text = f"prompt {number}"
     message = Message(role="prompt", byte_start=0, byte_end=len(text), scored=False)
-    return Document(kind="completion", text=text, messages=(message,), metadata={"number": number, "tokens": tokens})
+    return Document(
+        kind="completion",
+        text=text,
+        messages=(message,),
+        metadata={"number": number, "tokens": tokens, "length": length},
+    )
 
 
 def main() -> None:
@@ -137,6 +147,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--prompt_tokens", type=int, default=128)
     parser.add_argument("--max_tokens", type=int, default=288)
+    parser.add_argument("--lengths", choices=LENGTHS, default="even", help="of the completions")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--arms", default=",".join(ARMS), help="plain must be among them")
     parser.add_argument("--documents_per_shard", type=int, default=32)
@@ -159,7 +170,7 @@ def main() -> None:
 
 
 def readme_table(rows: list[dict[str, str]]) -> str:
-    newest = {(row["shape"], row["k"], row["arm"]): row for row in rows}
+    newest = {(row["shape"], row["k"], row["arm"]): row for row in rows if row.get("lengths") != "long_tail"}
     lines = [
         [row["shape"], row["k"], ARMS.get(row["arm"], row["arm"]), row["tokens_per_s"], row["ratio"], row["machine"]]
         for row in newest.values()
@@ -192,7 +203,8 @@ class Bench:
         self.engine = VllmEngine(self.config)
         self.sampling = Sampling(max_tokens=given.max_tokens)
         self.settings = settings(self.config, self.sampling, given.profile)
-        self.documents = [prompt_document(number, given.prompt_tokens) for number in range(given.prompts)]
+        lengths = [length_of(number, given.max_tokens, given.lengths) for number in range(given.prompts)]
+        self.documents = [prompt_document(number, given.prompt_tokens, length) for number, length in enumerate(lengths)]
         self.encoders = ShardEncoders(self.settings, given.encoders) if given.encoders else None
         worker = self.worker(self.documents)
         self.prompts = [worker.prompt(document, 0) for document in self.documents]
@@ -292,6 +304,7 @@ def _row(bench: Bench, arm: str, times: list[float], plain: list[float], tokens:
         "vllm": bench.engine.version,
         "torch": torch.__version__,
         "profile": given.profile,
+        "lengths": given.lengths,
         "repeats": len(times),
         "encoders": given.encoders,
     }

@@ -3,9 +3,11 @@
 #   bash scripts/measure_gpus.sh SECONDS [RESULTS [proof.py's flags]]
 # GPU 0 measures the engine (tests/gpu, bench_capture.py, bench_generate.py), then joins the other GPUs, which measure
 # cells of proof.py, many at a time by NVIDIA's multi-process service where it works.
-#   MEASURE   of "tests k256 1.7b generate 8b" (all)     WORKERS   of the proof on each GPU (10)
+#   MEASURE   of "tests k256 1.7b generate long_tail 8b" (all)
+#   WORKERS   of the proof on each GPU (10: each takes up to 10 GB of it)
 #   WORK      models and caches of the proof (runs/proof)     LOGS   (runs/logs)
-# Needs torch, vLLM and what pyproject.toml names under `student`; TEACH_ONCE_PIECES where there is no package registry.
+# Needs torch, vLLM and what pyproject.toml names under `student` and `eval`; TEACH_ONCE_PIECES where there is no
+# package registry.
 set -uo pipefail
 cd "$(dirname "$0")"
 [ $# -ge 1 ] || { echo "usage: bash scripts/measure_gpus.sh SECONDS [RESULTS [proof.py's flags]]" >&2; exit 2; }
@@ -25,13 +27,14 @@ step() { # NAME SECONDS_NEEDED COMMAND...
 engine() { # its processes are forked: what they import was imported before
   export CUDA_VISIBLE_DEVICES=0 VLLM_WORKER_MULTIPROC_METHOD=fork PYTORCH_NVML_BASED_CUDA_CHECK=1
   local capture="python3 bench_capture.py --output $results/capture.csv --documents-per-shard 4 --routes prefill,disk,sketch-disk"
+  local generate="python3 bench_generate.py --results $results/generate.csv --arms plain,ours --repeats 2"
   local no_graphs='compilation_config={"cudagraph_mode":"NONE"}'
-  for one in ${MEASURE-tests k256 1.7b generate 8b}; do case $one in
+  for one in ${MEASURE-tests k256 1.7b generate long_tail 8b}; do case $one in
     8b) step 8b 200 $capture --k 64 128 --prompts 384 --engine "$no_graphs" ;;
     1.7b) step 1.7b 150 $capture --shape qwen3-1.7b --prompts 1280 --repeats 3 --routes prefill,disk --engine "$no_graphs" ;;
     k256) step k256 60 $capture --shape qwen3-1.7b --vocabulary 262144 --k 256 --prompts 128 --repeats 1 --engine enforce_eager ;;
-    generate) step generate 150 python3 bench_generate.py --prompts 1024 --max_tokens 288 --arms plain,ours --repeats 3 \
-      --results "$results/generate.csv" ;;
+    generate) step generate 220 $generate --prompts 3072 --max_tokens 288 ;;
+    long_tail) step long_tail 220 $generate --prompts 6144 --max_tokens 1024 --lengths long_tail ;;
     tests) step tests 60 env -u VLLM_WORKER_MULTIPROC_METHOD PYTHON=python3 bash test_gpu.sh ;;
   esac; done
 }

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from proof import RESULTS
 from proof_grid import ARMS, BLOCKS, DEFAULT_K_IDS, KEY, SCALES, VARIED, Block, Cell, Row, cells_of, rates_of
-from proof_rows import done_keys
 from result_table import read_rows
 
 README = Path(__file__).parents[1] / "distill" / "README.md"
@@ -170,9 +169,9 @@ def tables(rows: Sequence[Row]) -> str:
         found = [block_table(block, scale, rows) for block in merged(BLOCKS) if block.k_ids == DEFAULT_K_IDS]
         found.append(k_ids_table(scale, rows))
         cells = {cell.key for block in BLOCKS if block.task in SCALES[scale] for cell in cells_of(block, scale, rows)}
-        measured = len(cells & done_keys(rows))
+        measured = sum(row["scale"] == scale for row in rows)
         if scale == "gpu":
-            parts.append(f"On one GPU {measured} of the grid's {len(cells)} cells are measured; the others are not.")
+            parts.append(f"On one GPU {measured} cells of a grid of {len(cells)} are measured; the others are not.")
         else:
             parts.append(f"On a CPU {measured} cells are measured, small ones, to see which way they point.")
         parts += [table for table in found if table is not None]

@@ -8,7 +8,7 @@ Legend: R rows of one window, L tokens of one window, K top-k ranks.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from storage_specs.errors import EngineError
 from storage_specs.windows import Window
 
 DEFAULT_CONCURRENCY = 16
+AHEAD = 16  # times the concurrency: requests from the oldest that is not answered on
 DEFAULT_TIMEOUT = 600.0  # seconds; a long prompt waits behind others in a busy server
 
 
@@ -61,17 +62,29 @@ class ServerEngine:
         self.client.close()
 
     def answers(self, requests: Iterable[Any], ask: Callable[[Any], Any]) -> Iterator[Any]:
-        """`ask` of every request, some at a time in threads, in order. Raises what it raises."""
+        """`ask` of every request, some at a time in threads, in order. Raises what it raises.
+
+        Those that wait for an older, slower one hold nobody up, up to AHEAD times as many as are asked at a time.
+        """
         source = iter(requests)
         under_way: deque[Future[Any]] = deque()
         threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix="endpoint")
         try:
             while True:
-                while len(under_way) < 2 * self.concurrency and (request := next(source, None)) is not None:
-                    under_way.append(threads.submit(ask, request))
+                asked = [future for future in under_way if not future.done()]
+                while (
+                    len(asked) < 2 * self.concurrency
+                    and len(under_way) < AHEAD * self.concurrency
+                    and (request := next(source, None)) is not None
+                ):
+                    asked.append(threads.submit(ask, request))
+                    under_way.append(asked[-1])
                 if not under_way:
                     return
-                yield under_way.popleft().result()
+                if under_way[0].done():
+                    yield under_way.popleft().result()
+                else:
+                    wait(asked, return_when=FIRST_COMPLETED)
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
 

@@ -2,7 +2,8 @@
 
 The worker keeps them (`vllm_sampled`); where its hook does not fit this vLLM they come from the public `logprobs=k`
 with `flat_logprobs`, which costs more and knows no tail bins. Requests are streamed: twice as many as vLLM runs at a
-time are with it, so that a finished one is replaced at once.
+time are with it, so that a finished one is replaced at once. Completions leave in the order of their prompts; those
+that wait for an older, longer one hold nobody up until they take BYTES_WAITING.
 
 Legend: G tokens of a completion, K top-k ranks.
 """
@@ -23,6 +24,7 @@ from cache_builder.engines.vllm_sampled import SEPARATOR, CompletionRows, flat_r
 from cache_builder.sampling import Sampling
 from storage_specs.errors import EngineError
 
+BYTES_WAITING = 2 << 30
 TAKEN_AT_ONCE = 16  # steps whose rows are fetched together: each time waits for a step to end
 
 
@@ -50,9 +52,14 @@ class VllmGenerator:
         ended: dict[str, tuple[Any, str | None]] = {}  # with their text, but without their rows yet
         done: dict[str, Generation] = {}
         rows, steps = CompletionRows(self.engine.config.k, self.engine.config.bins), 0
+        waiting, most_waiting = 0, BYTES_WAITING // rows.bytes_per_row  # rows of those that are done
         try:
             while True:
-                while len(running) < most and (prompt := next(source, None)) is not None:
+                while (
+                    len(running) - len(ended) - len(done) < most
+                    and waiting < most_waiting
+                    and (prompt := next(source, None)) is not None
+                ):
                     name = f"prompt-{self._requests}"
                     self._requests += 1
                     running[name] = StopStrings(self.sampling.stop)
@@ -72,10 +79,14 @@ class VllmGenerator:
                 steps += 1
                 all_ended = len(ended) + len(done) == len(running)
                 if all_ended or not self.kept or steps % TAKEN_AT_ONCE == 0:
-                    done |= self._finished(llm, ended, rows, all_ended)
+                    finished = self._finished(llm, ended, rows, all_ended)
+                    waiting += sum(len(generation.ids) for generation in finished.values())
+                    done |= finished
                 while running and (name := next(iter(running))) in done:
                     del running[name]
-                    yield done.pop(name)
+                    generation = done.pop(name)
+                    waiting -= len(generation.ids)
+                    yield generation
         finally:
             unfinished = [name + SEPARATOR for name in running if name not in done]
             if self.engine.is_loaded:

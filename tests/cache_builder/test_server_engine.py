@@ -3,6 +3,7 @@
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -390,3 +391,20 @@ def test_what_is_under_way_ends_before_connections_are_closed() -> None:
         idle = HttpClient(server.base_url, None, 30)
         idle.close()
         assert idle._client.is_closed
+
+
+def test_a_slow_answer_holds_nobody_up() -> None:
+    """The first of 40 is answered when 30 others were asked for, which two at a time could not be behind it."""
+    arguments = {"base_url": "http://127.0.0.1:1", "max_concurrency": 2}
+    engine = ServerEngine(EngineConfig(model="m", dtype="", max_model_len=8, k=1, vocab_size=9, arguments=arguments))
+    asked, others = count(), Event()
+
+    def ask(number: int) -> int:
+        if number == 0:
+            assert others.wait(60)
+        elif next(asked) == 29:
+            others.set()
+        return number
+
+    assert list(engine.answers(range(40), ask)) == list(range(40))
+    engine.close()

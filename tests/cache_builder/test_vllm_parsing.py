@@ -1,5 +1,6 @@
 """The vllm engine without vLLM: flat log-probs are parsed, sampled rows kept, and what cannot be is refused."""
 
+import math
 import sys
 import types
 from typing import Any
@@ -232,3 +233,53 @@ def test_where_samples_have_no_seeds_the_first_one_seeds_the_engine(
         next(generator.generate(iter(prompts)))
     assert engine.arguments == expected
     assert [prompt.seed for prompt in generator._seeding(iter(prompts))] == [2**63 - 1, 5]
+
+
+class TwoSlots(VllmGenerator):
+    """With an engine of two slots in which a prompt takes as many steps as it may have tokens; no rows are kept."""
+
+    def __init__(self) -> None:
+        self.steps, self.asked = 0, list[list[Any]]()
+        scheduler = types.SimpleNamespace(max_num_seqs=2)
+        core = types.SimpleNamespace(
+            vllm_config=types.SimpleNamespace(scheduler_config=scheduler),
+            add_request=lambda name, request, tokens: self.asked.append([name, tokens]),
+            step=self.step,
+            abort_request=lambda names: None,
+        )
+        llm = types.SimpleNamespace(llm_engine=core, collective_rpc=lambda name: None)
+        engine: Any = types.SimpleNamespace(
+            flat_reason="not here", is_loaded=True, config=types.SimpleNamespace(k=1, bins=0), load=lambda: llm,
+            ask=lambda call, *arguments: call(*arguments),
+        )  # fmt: skip
+        super().__init__(engine, Sampling(), [])
+
+    def step(self) -> list[Any]:
+        self.steps += 1
+        for request in self.asked[:2]:
+            request[1] -= 1
+        over = [name for name, left in self.asked[:2] if not left]
+        self.asked = [request for request in self.asked if request[0] not in over]
+        return [types.SimpleNamespace(request_id=name, finished=True, outputs=[None]) for name in over]
+
+    def _keep_rows(self, llm: Any) -> None:
+        pass
+
+    def _parameters(self, prompt: Prompt) -> int:
+        return prompt.max_tokens
+
+    def _generation(self, name: str, *rest: Any) -> Any:
+        return types.SimpleNamespace(ids=range(10), name=name)
+
+
+@pytest.mark.parametrize(("waiting", "steps"), [(2 << 30, 30), (4 * 10 * 12, 30 + 23 / 2)])
+def test_a_long_completion_holds_nobody_up(waiting: int, steps: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """30 steps, and meanwhile thirty of one each in the other slot; where but four may wait, three more are with the
+    engine by then, and 23 are left for two slots."""
+    monkeypatch.setattr("cache_builder.engines.vllm_generate.BYTES_WAITING", waiting)
+    lengths = [30] + 30 * [1]
+    generator = TwoSlots()
+    prompts = [Prompt(ids=np.arange(2), text="", turns=None, seed=0, max_tokens=count) for count in lengths]
+    written = [generation.name for generation in generator.generate(iter(prompts))]
+    assert written == [f"prompt-{number}" for number in range(31)]
+    assert generator.steps == math.ceil(steps)

@@ -16,6 +16,7 @@ load_tokenizer = cache(AutoTokenizer.from_pretrained)
 def config(output_dir: Path, **options: Any) -> DistillationConfig:
     defaults: dict[str, Any] = {
         "output_dir": str(output_dir),
+        "loss": "ce:1,uld:1.5",  # reads no ids, which not every cache here has
         "max_length": 48,
         "per_device_train_batch_size": 4,
         "max_steps": 3,
