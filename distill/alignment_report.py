@@ -238,8 +238,9 @@ def verdict(facts: dict[str, Any]) -> str:
         )
     if compared < ENOUGH and merge["student_positions"] > boundary["student_positions"]:
         words = (
-            f"go with mode merge: only {boundary['student_positions']:.0%} of the student's positions are compared at "
-            f"boundaries, but groups over the same bytes hold {merge['student_positions']:.0%} of them"
+            f"go with --align merge --loss ce:1,uld:1.5: only {boundary['student_positions']:.0%} of the student's "
+            f"positions are compared at boundaries, but groups over the same bytes hold "
+            f"{merge['student_positions']:.0%} of them"
         )
     else:
         words = (
@@ -249,7 +250,8 @@ def verdict(facts: dict[str, Any]) -> str:
     if grouped < ENOUGH:
         words += f"; but only {grouped:.0%} of the bytes lie in groups that close, the rest is read and not compared"
     if facts["numerals"] > MANY_NUMERALS:
-        words += f"; {facts['numerals']:.0%} of the rows are numerals, where sorted L1 can harm: try --skip-numerals"
+        words += f"; {facts['numerals']:.0%} of the rows are numerals, where sorted L1 (uld, hybrid) can harm: "
+        words += "try --skip-numerals"
     if facts["same_tokenizer"]:
         words += "; teacher and student have the same tokenizer, so every position should be compared"
     return words

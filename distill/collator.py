@@ -178,10 +178,15 @@ def word_map_of(cache: Cache, tokenizer: PreTrainedTokenizerBase, config: Distil
     """The student word of every id in a cache. Raises ConfigError for a cache without ids, TokenizerError for a student
     whose tokenizer is not the teacher's where a loss needs that."""
     losses = ", ".join(config.mixture.not_merged)
+    if not cache.manifest.k_ids:
+        raise ConfigError(
+            f"--loss {losses} needs the teacher's ids, and the cache {cache.path} has none: use losses that read none, "
+            "like the paper's (--loss ce:1,uld:1.5), or build it with --k-ids 16"
+        )
     if not cache.with_ids:
         raise ConfigError(
-            f"--loss {losses} needs the teacher's ids, and the cache {cache.path} has none: build it with --k-ids 16, "
-            "or use losses that read none, like the paper's (--loss ce:1,uld:1.5)"
+            f"--loss {losses} needs the teacher's ids, and the cache {cache.path} was opened without them: open it "
+            "with ids=True (CachedDocuments, open_cache)"
         )
     vocabulary = cache.vocabulary
     if not config.mixture.needs_same_tokenizer:

@@ -22,7 +22,7 @@ METRIC = "bits_per_byte"
 class DistillationConfig(TrainingArguments):
     """Training arguments of `CachedDistillationTrainer`. Raises ConfigError for values that cannot be."""
 
-    # What helped most where it was measured (distill/README.md, "What paid"); the paper's is ce:1,uld:1.5.
+    # The simplest that beat CE on plain text (distill/README.md, "What paid"); the paper's is ce:1,uld:1.5.
     loss: str = field(
         default="ce:1,mapped:1", metadata={"help": f"losses and weights, of {', '.join(LOSSES)} (ce:1,mapped:1)"}
     )

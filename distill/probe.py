@@ -156,6 +156,6 @@ def warning(harm: Harm, mixture: str, learning_rate: float) -> str:
         f"warning: the teacher's losses harm on held-out text now: over the last {harm.probes} probes a step along CE "
         f"alone would lower held-out CE by {told[0]} of the most that a step of its length can), one along {mixture} "
         f"by {told[1]}; to first order, CE leads by {harm.lead / harm.error if harm.error else math.inf:.1f} standard "
-        "errors). Try a smaller weight, --loss ce:1,mapped:1 (needs ids), --align boundary, or CE alone, and compare "
-        "them with --eval_strategy steps"
+        "errors). Try a smaller weight, another of --loss ce:1,mapped:1 (needs ids) and ce:1,uld:0.5, --align "
+        "boundary, or CE alone, and compare them with --eval_strategy steps"
     )

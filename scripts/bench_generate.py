@@ -5,7 +5,7 @@
 
 Run from the repository root (PYTHONPATH=. where the package is not installed). Completions have lengths drawn evenly
 from a third of max_tokens to all of it, so that finished requests give way to others as in a long build, or
-(`--lengths long_tail`) most are short and a few ten times as long, as where the teacher itself ends them. Arms, in
+(`--lengths long_tail`) most are short and some many times as long, as where the teacher itself ends them. Arms, in
 turns after a warm-up of each:
 
     plain     vLLM's own requests, tokens only: no log-probabilities, no seeds

@@ -48,15 +48,17 @@ share() { # the service, for what is started from here on; where it does not wor
   export CUDA_MPS_PIPE_DIRECTORY=$(mktemp -d) CUDA_MPS_LOG_DIRECTORY=$logs
   trap 'CUDA_MPS_PIPE_DIRECTORY='"$CUDA_MPS_PIPE_DIRECTORY"' timeout 9 nvidia-cuda-mps-control <<< quit > /dev/null 2>&1' EXIT
   nvidia-cuda-mps-control -d > "$logs/mps.log" 2>&1 \
-    && timeout 90 python3 -c "import torch; torch.ones(1, device='cuda').sum().item()" >> "$logs/mps.log" 2>&1 && return
+    && CUDA_VISIBLE_DEVICES=$last timeout 90 python3 -c "import torch; torch.ones(1, device='cuda').sum().item()" >> "$logs/mps.log" 2>&1 && return
   say "no multi-process service (see $logs/mps.log)"; unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
 }
 
 cells() { # GPUS COUNT FLAGS...: a device that fails under one process fails under all of the service's: they begin again
   local gpus=$1 workers=$(($2 * ${WORKERS:-10})) first=${1%%,*} tasks; shift 2
-  python3 demo_assets.py teacher student text > "$logs/assets.log" 2>&1 || { say "no models (see $logs/assets.log)"; return; }
+  [ "$(left)" -ge 60 ] || return 0
+  python3 demo_assets.py teacher student text > "$logs/assets-$first.log" 2>&1 \
+    || { say "no models (see $logs/assets-$first.log)"; return 1; }
   for tasks in wikipedia "disfl_qa xsum" "narrative_qa pubmed_qa" "boolq dialogues"; do # made side by side
-    proof "$first" "$@" --prepare --tasks $tasks > "$logs/prepare-${tasks%% *}.log" 2>&1 &
+    proof "$first" --prepare --tasks $tasks "$@" > "$logs/prepare-${tasks%% *}-$first.log" 2>&1 &
   done
   while [ "$(left)" -ge 60 ]; do
     say "cells on GPU $gpus: start"
@@ -66,10 +68,10 @@ cells() { # GPUS COUNT FLAGS...: a device that fails under one process fails und
 }
 
 export OMP_NUM_THREADS=1
-engine & measured=$!
-share
-[ "$last" -gt 0 ] && { cells "$(seq -s, "$last")" "$last" "$@" & }
+engine & measured=$! # vLLM weighs its GPU's memory as it starts: nothing else may begin or end there
+[ "$last" -gt 0 ] && { share; cells "$(seq -s, "$last")" "$last" "$@" & }
 wait "$measured"
-cells 0 1 "$@"
+[ "$last" -gt 0 ] || share
+cells 0 1 "$@" || exit 1
 wait
 say "done"

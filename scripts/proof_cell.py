@@ -41,7 +41,7 @@ MEASURED = (
     *("teacher_score", "untrained_score", "other_scores", "bytes_per_row", "cache_id", "machine", "version", "torch"),
     *("transformers", "python", "date"),
 )
-EVALUATION_BATCH = {"cuda": 8, "cpu": 8}  # windows; several processes may share the GPU
+EVALUATION_BATCH = 8  # windows; many processes may share the GPU
 
 
 class Laboratory:
@@ -115,8 +115,7 @@ class Laboratory:
     def scores(
         self, model: transformers.PreTrainedModel, tokenizer: Any, documents: Sequence[Document], max_length: int
     ) -> list[Scores]:
-        batch = EVALUATION_BATCH[self.device]
-        return score(model.eval(), tokenizer, documents, max_length=max_length, batch_size=batch)
+        return score(model.eval(), tokenizer, documents, max_length=max_length, batch_size=EVALUATION_BATCH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,9 +255,10 @@ def machine(device: str) -> str:
 
 @cached
 def code_version() -> str:
-    """The package's version and a digest of the rooms' code: a copy without git tells what it measured, too."""
+    """The package's version and a digest of the code that measures: a copy without git tells what it was, too."""
     root, digest = Path(__file__).parents[1], hashlib.sha256()
-    for file in sorted(file for room in ("storage_specs", "distill") for file in (root / room).rglob("*.py")):
+    rooms = [file for room in ("storage_specs", "distill") for file in (root / room).rglob("*.py")]
+    for file in sorted([*rooms, *(root / "scripts").glob("proof_*.py")]):
         digest.update(file.read_bytes())
     number = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf8"))["project"]["version"]
     return f"{number}+{digest.hexdigest()[:8]}"

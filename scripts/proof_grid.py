@@ -86,13 +86,13 @@ SCALES: dict[str, dict[str, Training]] = {
 }
 # A cut student has everything to learn again, a whole one little to gain by large steps.
 RATES = {"smollm2-10": (2e-3, 4e-3, 8e-3), "smollm2-10-healed": (6e-5, 2e-4, 6e-4, 2e-3), "smollm2": (3e-5, 1e-4, 3e-4)}
-NOT_TUNED = {"cpu": 0}  # scales that have no time for more than one rate, by its number
+# Scales that have no time for more than one.
+NOT_TUNED = {"cpu": {"smollm2-10": 2e-3, "smollm2-10-healed": 2e-4, "smollm2": 3e-5}}
 
 
 def rates_of(scale: str, student: str) -> tuple[float, ...]:
     """The learning rates that are tried, ascending."""
-    rates = RATES[student]
-    return rates if scale not in NOT_TUNED else (rates[NOT_TUNED[scale]],)
+    return (NOT_TUNED[scale][student],) if scale in NOT_TUNED else RATES[student]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from proof import RESULTS
 from proof_grid import ARMS, BLOCKS, DEFAULT_K_IDS, KEY, SCALES, VARIED, Block, Cell, Row, cells_of, rates_of
+from proof_rows import done_keys
 from result_table import read_rows
 
 README = Path(__file__).parents[1] / "distill" / "README.md"
@@ -24,11 +25,11 @@ BEGIN, END = "<!-- proof -->\n", "\n<!-- /proof -->"
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One arm of a block: the rows of its seeds at its best rate, and how many rates were tried."""
+    """One arm of a block: the rows of its seeds at its best rate, and the rates that were tried."""
 
     arm: str
     rows: Sequence[Row]
-    rates: int
+    rates: Sequence[float]
 
     def column(self, name: str) -> list[float]:
         return [float(row[name]) for row in self.rows]
@@ -57,15 +58,15 @@ def figures_of(block: Block, scale: str, rows: Sequence[Row]) -> list[Figure]:
         if first_seed:
             best = min(first_seed, key=lambda row: float(row["validation_bits_per_byte"]))["learning_rate"]
             at_best = [row for row in of_arm if row["learning_rate"] == best]
-            rates = len({row["learning_rate"] for row in first_seed})
+            rates = sorted({float(row["learning_rate"]) for row in first_seed})
             found.append(Figure(arm=arm, rows=sorted(at_best, key=lambda row: int(row["seed"])), rates=rates))
     return found
 
 
 def block_table(block: Block, scale: str, rows: Sequence[Row]) -> str | None:
-    """One table with its caption and verdict; None where nothing of the block is measured."""
+    """One table with its caption and verdict; None before there are two arms to compare."""
     figures = figures_of(block, scale, rows)
-    if not figures:
+    if len(figures) < 2:
         return None
     first = figures[0].rows[0]
     teacher, untrained = float(first["teacher_bits_per_byte"]), float(first["untrained_bits_per_byte"])
@@ -108,9 +109,16 @@ def rate_text(figure: Figure, block: Block) -> str:
     rate, rates = float(figure.rows[0]["learning_rate"]), rates_of(figure.rows[0]["scale"], block.student)
     if len(rates) == 1:
         return f"{rate:g} (not tuned)"
-    if block.tuned and figure.rates < len(rates):
-        return f"{rate:g} ({figure.rates} of {len(rates)} tried)"
-    return f"{rate:g}" + (" (the end)" if block.tuned and rate in (rates[0], rates[-1]) else "")
+    if not block.tuned:
+        return f"{rate:g}"
+    said = [] if len(figure.rates) >= len(rates) else [f"{len(figure.rates)} of {len(rates)} tried"]
+    said += ["the end" if not said else "the end of them"] if len(figure.rates) > 1 and at_end(figure) else []
+    return f"{rate:g}" + (f" ({', '.join(said)})" if said else "")
+
+
+def at_end(figure: Figure) -> bool:
+    """Whether the best rate is the smallest or the largest that was tried, so that a better one may lie beyond."""
+    return float(figure.rows[0]["learning_rate"]) in (min(figure.rates), max(figure.rates))
 
 
 def counts(gain: float, figure: Figure, ce: Figure) -> bool:
@@ -169,9 +177,12 @@ def tables(rows: Sequence[Row]) -> str:
         found = [block_table(block, scale, rows) for block in merged(BLOCKS) if block.k_ids == DEFAULT_K_IDS]
         found.append(k_ids_table(scale, rows))
         cells = {cell.key for block in BLOCKS if block.task in SCALES[scale] for cell in cells_of(block, scale, rows)}
-        measured = sum(row["scale"] == scale for row in rows)
+        measured, final = sum(row["scale"] == scale for row in rows), len(cells & done_keys(rows))
         if scale == "gpu":
-            parts.append(f"On one GPU {measured} cells of a grid of {len(cells)} are measured; the others are not.")
+            parts.append(
+                f"On one GPU {final} of the grid's {len(cells)} cells are measured, and {measured - final} at rates "
+                "that more rates may yet change; the others are not."
+            )
         else:
             parts.append(f"On a CPU {measured} cells are measured, small ones, to see which way they point.")
         parts += [table for table in found if table is not None]

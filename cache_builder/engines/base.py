@@ -68,6 +68,10 @@ class WindowScores:
     tail_mass: np.ndarray
     tail_bins: np.ndarray | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in vars(self).values() if array is not None)
+
 
 def window_scores(
     gold_R: np.ndarray, logprobs_RK: np.ndarray, token_ids_RK: np.ndarray, tail_bins_RJ: np.ndarray | None = None

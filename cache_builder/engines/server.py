@@ -21,7 +21,7 @@ from storage_specs.errors import EngineError
 from storage_specs.windows import Window
 
 DEFAULT_CONCURRENCY = 16
-AHEAD = 16  # times the concurrency: requests from the oldest that is not answered on
+AHEAD = 8  # times the concurrency: requests from the oldest that is not answered on
 DEFAULT_TIMEOUT = 600.0  # seconds; a long prompt waits behind others in a busy server
 
 
@@ -64,27 +64,28 @@ class ServerEngine:
     def answers(self, requests: Iterable[Any], ask: Callable[[Any], Any]) -> Iterator[Any]:
         """`ask` of every request, some at a time in threads, in order. Raises what it raises.
 
-        Those that wait for an older, slower one hold nobody up, up to AHEAD times as many as are asked at a time.
+        Those that wait for an older, slower one hold nobody up, up to AHEAD times as many as are asked at a time. After
+        an error nothing more is asked.
         """
         source = iter(requests)
-        under_way: deque[Future[Any]] = deque()
+        under_way, asked = deque[Future[Any]](), set[Future[Any]]()
         threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix="endpoint")
         try:
             while True:
-                asked = [future for future in under_way if not future.done()]
                 while (
                     len(asked) < 2 * self.concurrency
                     and len(under_way) < AHEAD * self.concurrency
                     and (request := next(source, None)) is not None
                 ):
-                    asked.append(threads.submit(ask, request))
-                    under_way.append(asked[-1])
+                    under_way.append(threads.submit(ask, request))
+                    asked.add(under_way[-1])
                 if not under_way:
                     return
-                if under_way[0].done():
+                answered, asked = wait(asked, return_when=FIRST_COMPLETED)
+                if any(future.exception() for future in answered):
+                    source = iter(())
+                while under_way and under_way[0].done():
                     yield under_way.popleft().result()
-                else:
-                    wait(asked, return_when=FIRST_COMPLETED)
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
 

@@ -24,7 +24,7 @@ from cache_builder.engines.vllm_sampled import SEPARATOR, CompletionRows, flat_r
 from cache_builder.sampling import Sampling
 from storage_specs.errors import EngineError
 
-BYTES_WAITING = 2 << 30
+BYTES_WAITING = 2 << 30  # what an interruption may cost beside the open shards
 TAKEN_AT_ONCE = 16  # steps whose rows are fetched together: each time waits for a step to end
 
 
@@ -52,12 +52,12 @@ class VllmGenerator:
         ended: dict[str, tuple[Any, str | None]] = {}  # with their text, but without their rows yet
         done: dict[str, Generation] = {}
         rows, steps = CompletionRows(self.engine.config.k, self.engine.config.bins), 0
-        waiting, most_waiting = 0, BYTES_WAITING // rows.bytes_per_row  # rows of those that are done
+        waiting = 0  # bytes of those that are done
         try:
             while True:
                 while (
                     len(running) - len(ended) - len(done) < most
-                    and waiting < most_waiting
+                    and waiting < BYTES_WAITING
                     and (prompt := next(source, None)) is not None
                 ):
                     name = f"prompt-{self._requests}"
@@ -80,12 +80,12 @@ class VllmGenerator:
                 all_ended = len(ended) + len(done) == len(running)
                 if all_ended or not self.kept or steps % TAKEN_AT_ONCE == 0:
                     finished = self._finished(llm, ended, rows, all_ended)
-                    waiting += sum(len(generation.ids) for generation in finished.values())
+                    waiting += sum(generation.scores.nbytes for generation in finished.values())
                     done |= finished
                 while running and (name := next(iter(running))) in done:
                     del running[name]
                     generation = done.pop(name)
-                    waiting -= len(generation.ids)
+                    waiting -= generation.scores.nbytes
                     yield generation
         finally:
             unfinished = [name + SEPARATOR for name in running if name not in done]

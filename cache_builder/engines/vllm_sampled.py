@@ -86,7 +86,6 @@ class CompletionRows:
 
     def __init__(self, k: int, bins: int) -> None:
         self.k, self.width = k, 1 + k + bins
-        self.bytes_per_row = 4 * (self.width + k)
         self.parts: dict[str, list[np.ndarray]] = {}
 
     def expect(self, name: str) -> None:

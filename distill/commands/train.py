@@ -29,7 +29,7 @@ def train_parser() -> Parser:
         "--loss",
         metavar="MIX",
         help="losses and weights: ce, uld, mapped, hybrid, likelihood; kl, jsd with the teacher's tokenizer "
-        "(ce:1,mapped:1, which helped most where it was measured; the paper's: ce:1,uld:1.5)",
+        "(ce:1,mapped:1; the paper's, which needs no ids: ce:1,uld:1.5)",
     )
     add(
         "--mapping",

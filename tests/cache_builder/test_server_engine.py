@@ -394,17 +394,42 @@ def test_what_is_under_way_ends_before_connections_are_closed() -> None:
 
 
 def test_a_slow_answer_holds_nobody_up() -> None:
-    """The first of 40 is answered when 30 others were asked for, which two at a time could not be behind it."""
+    """The first of 40 is answered when 12 others were, but never more than 15 are: AHEAD times two."""
     arguments = {"base_url": "http://127.0.0.1:1", "max_concurrency": 2}
     engine = ServerEngine(EngineConfig(model="m", dtype="", max_model_len=8, k=1, vocab_size=9, arguments=arguments))
-    asked, others = count(), Event()
+    asked, others, behind = count(), Event(), list[int]()
 
     def ask(number: int) -> int:
         if number == 0:
             assert others.wait(60)
-        elif next(asked) == 29:
+            time.sleep(0.2)
+            behind.append(next(asked))
+        elif next(asked) == 11:
             others.set()
         return number
 
     assert list(engine.answers(range(40), ask)) == list(range(40))
+    assert 12 <= behind[0] <= 15
+    engine.close()
+
+
+def test_after_an_error_nothing_more_is_asked() -> None:
+    """It comes out in its turn, behind a slow answer, during which the endpoint is left alone."""
+    arguments = {"base_url": "http://127.0.0.1:1", "max_concurrency": 2}
+    engine = ServerEngine(EngineConfig(model="m", dtype="", max_model_len=8, k=1, vocab_size=9, arguments=arguments))
+    asked: list[int] = []
+
+    def ask(number: int) -> int:
+        asked.append(number)
+        if number == 0:
+            time.sleep(0.5)
+        if number == 1:
+            raise EngineError("no such model")
+        return number
+
+    answers = engine.answers(range(40), ask)
+    assert next(answers) == 0
+    with pytest.raises(EngineError, match="no such model"):
+        next(answers)
+    assert len(asked) <= 5
     engine.close()

@@ -269,10 +269,10 @@ class TwoSlots(VllmGenerator):
         return prompt.max_tokens
 
     def _generation(self, name: str, *rest: Any) -> Any:
-        return types.SimpleNamespace(ids=range(10), name=name)
+        return types.SimpleNamespace(scores=types.SimpleNamespace(nbytes=10), name=name)
 
 
-@pytest.mark.parametrize(("waiting", "steps"), [(2 << 30, 30), (4 * 10 * 12, 30 + 23 / 2)])
+@pytest.mark.parametrize(("waiting", "steps"), [(2 << 30, 30), (4 * 10, 30 + 23 / 2)])
 def test_a_long_completion_holds_nobody_up(waiting: int, steps: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """30 steps, and meanwhile thirty of one each in the other slot; where but four may wait, three more are with the
     engine by then, and 23 are left for two slots."""

@@ -70,7 +70,7 @@ def test_verdicts():
         return {"modes": modes, "numerals": numerals, "grouped_bytes": grouped, "same_tokenizer": False}
 
     assert verdict(facts(0.9, 0.9, 1.0)).startswith("go: ")
-    assert verdict(facts(0.2, 0.3, 0.9)).startswith("go with mode merge: ")
+    assert verdict(facts(0.2, 0.3, 0.9)).startswith("go with --align merge --loss ce:1,uld:1.5: ")
     assert verdict(facts(0.01, 0.02, 0.9)).startswith("no-go because only 1%")
     assert verdict(facts(0, 0, 0, pairs=0)).startswith("no-go because the two tokenisations share not one boundary")
     assert "only 20% of the bytes" in verdict(facts(0.9, 0.9, 1.0, grouped=0.2))

@@ -1,5 +1,7 @@
 """A batch holds every scored token of its documents once, and the teacher's rows where both stand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from training import config
@@ -93,7 +95,10 @@ def test_slow_tokenizers_and_caches_without_ids_are_refused(cache_path, smollm2_
     cache = open_cache(cache_path, ids=False)
     with pytest.raises(TokenizerError, match="fast"):
         DistillationCollator(ByT5Tokenizer(), config(tmp_path), cache)
-    with pytest.raises(ConfigError, match="--k-ids"):
+    with pytest.raises(ConfigError, match="ids=True"):
+        DistillationCollator(smollm2_tokenizer, config(tmp_path, loss="mapped:1"), cache)
+    cache.manifest = replace(cache.manifest, k_ids=0)
+    with pytest.raises(ConfigError, match=r"--loss ce:1,uld:1\.5.*--k-ids"):
         DistillationCollator(smollm2_tokenizer, config(tmp_path, loss="mapped:1"), cache)
 
 

@@ -51,7 +51,7 @@ def test_what_is_refused(text, says):
         LossMixture.parse(text)
 
 
-def test_the_default_is_what_helped_most_and_spelling_makes_no_other_run(tmp_path):
+def test_the_default_is_what_paid_and_spelling_makes_no_other_run(tmp_path):
     assert DistillationConfig(output_dir=str(tmp_path), use_cpu=True).loss == "ce:1,mapped:1"
     assert config(tmp_path, loss="uld:1.50,ce:1.0").loss == "ce:1,uld:1.5"
     for name in ("mapped", "hybrid", "kl", "jsd"):
