@@ -156,7 +156,7 @@ def test_losses_on_the_same_words_want_the_teachers_tokenizer(cache_path, chat_c
         with pytest.raises(TokenizerError, match="--loss mapped"):
             DistillationCollator(smollm2_tokenizer, config(tmp_path, loss=loss), open_cache(cache_path))
         args = config(tmp_path, loss=loss)
-        with pytest.raises(ConfigError, match="--k-ids"):
+        with pytest.raises(ConfigError, match="ids=True"):
             DistillationCollator(smollm2_tokenizer, args, open_cache(chat_cache_path, ids=False))
         cache = open_cache(chat_cache_path)
         batch = DistillationCollator(smollm2_tokenizer, config(tmp_path, loss=loss), cache)([cache[0]])
