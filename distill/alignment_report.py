@@ -239,7 +239,7 @@ def verdict(facts: dict[str, Any]) -> str:
     if compared < ENOUGH and merge["student_positions"] > boundary["student_positions"]:
         words = (
             f"go with --align merge --loss ce:1,uld:1.5: only {boundary['student_positions']:.0%} of the student's "
-            f"positions are compared at boundaries, but groups over the same bytes hold "
+            "positions are compared at boundaries, but groups over the same bytes hold "
             f"{merge['student_positions']:.0%} of them"
         )
     else:

@@ -25,7 +25,7 @@ BEGIN, END = "<!-- proof -->\n", "\n<!-- /proof -->"
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One arm of a block: the rows of its seeds at its best rate, and the rates that were tried."""
+    """One arm of a block: the rows of its seeds at its best rate, and the rates that were tried, ascending."""
 
     arm: str
     rows: Sequence[Row]
@@ -105,20 +105,17 @@ def caption(block: Block, row: Row) -> str:
 
 
 def rate_text(figure: Figure, block: Block) -> str:
-    """The best rate; marked where it is the end of those tried, or not all were."""
+    """The best rate; marked where a better one may lie beyond those tried, or not all were."""
     rate, rates = float(figure.rows[0]["learning_rate"]), rates_of(figure.rows[0]["scale"], block.student)
     if len(rates) == 1:
         return f"{rate:g} (not tuned)"
     if not block.tuned:
         return f"{rate:g}"
-    said = [] if len(figure.rates) >= len(rates) else [f"{len(figure.rates)} of {len(rates)} tried"]
-    said += ["the end" if not said else "the end of them"] if len(figure.rates) > 1 and at_end(figure) else []
+    tried = figure.rates
+    said = [f"{len(tried)} of {len(rates)} tried"] if len(tried) < len(rates) else []
+    if len(tried) > 1 and rate in (tried[0], tried[-1]):
+        said.append("the end of them" if said else "the end")
     return f"{rate:g}" + (f" ({', '.join(said)})" if said else "")
-
-
-def at_end(figure: Figure) -> bool:
-    """Whether the best rate is the smallest or the largest that was tried, so that a better one may lie beyond."""
-    return float(figure.rows[0]["learning_rate"]) in (min(figure.rates), max(figure.rates))
 
 
 def counts(gain: float, figure: Figure, ce: Figure) -> bool:

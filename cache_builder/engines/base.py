@@ -70,6 +70,7 @@ class WindowScores:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all arrays."""
         return sum(array.nbytes for array in vars(self).values() if array is not None)
 
 

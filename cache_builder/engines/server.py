@@ -64,8 +64,8 @@ class ServerEngine:
     def answers(self, requests: Iterable[Any], ask: Callable[[Any], Any]) -> Iterator[Any]:
         """`ask` of every request, some at a time in threads, in order. Raises what it raises.
 
-        Those that wait for an older, slower one hold nobody up, up to AHEAD times as many as are asked at a time. After
-        an error nothing more is asked.
+        Those that wait for an older, slower one hold nobody up, up to AHEAD times `max_concurrency` in all. After an
+        error nothing more is asked.
         """
         source = iter(requests)
         under_way, asked = deque[Future[Any]](), set[Future[Any]]()

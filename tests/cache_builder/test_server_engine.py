@@ -342,8 +342,8 @@ def test_prompt_logprobs_laid_out_otherwise_are_refused(positions: Any, monkeypa
     engine.close()
 
 
-def server_engine(*, returns_ids: bool) -> ServerEngine:
-    arguments = {"base_url": "http://127.0.0.1:9/v1", "returns_ids": returns_ids}
+def server_engine(**more: Any) -> ServerEngine:
+    arguments = {"base_url": "http://127.0.0.1:9/v1"} | more
     return ServerEngine(
         EngineConfig(model="m", dtype="unknown", max_model_len=64, k=K, vocab_size=100, arguments=arguments)
     )
@@ -395,8 +395,7 @@ def test_what_is_under_way_ends_before_connections_are_closed() -> None:
 
 def test_a_slow_answer_holds_nobody_up() -> None:
     """The first of 40 is answered when 12 others were, but never more than 15 are: AHEAD times two."""
-    arguments = {"base_url": "http://127.0.0.1:1", "max_concurrency": 2}
-    engine = ServerEngine(EngineConfig(model="m", dtype="", max_model_len=8, k=1, vocab_size=9, arguments=arguments))
+    engine = server_engine(max_concurrency=2)
     asked, others, behind = count(), Event(), list[int]()
 
     def ask(number: int) -> int:
@@ -415,8 +414,7 @@ def test_a_slow_answer_holds_nobody_up() -> None:
 
 def test_after_an_error_nothing_more_is_asked() -> None:
     """It comes out in its turn, behind a slow answer, during which the endpoint is left alone."""
-    arguments = {"base_url": "http://127.0.0.1:1", "max_concurrency": 2}
-    engine = ServerEngine(EngineConfig(model="m", dtype="", max_model_len=8, k=1, vocab_size=9, arguments=arguments))
+    engine = server_engine(max_concurrency=2)
     asked: list[int] = []
 
     def ask(number: int) -> int:
