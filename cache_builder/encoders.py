@@ -1,7 +1,8 @@
 """Processes that turn scored documents into a shard's bytes, beside the process that drives the engine.
 
 Encoding costs more than a core where a GPU scores 100,000 rows a second, and threads would take the interpreter's lock
-from the engine's client just when its next step is due. A shard's rows travel as one pickle, its bytes as another.
+from the engine's client just when its next step is due. A shard's rows travel in memory that both processes map
+(`parcels`), its bytes as a pickle.
 """
 
 import os
@@ -13,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 
 from cache_builder.interrupts import interrupts_held
+from cache_builder.parcels import Parcel, parcel
 from storage_specs.document import CachedDocument
 from storage_specs.errors import EngineError
 from storage_specs.settings import CacheSettings
@@ -36,6 +38,7 @@ class ShardEncoders:
 
     def __init__(self, settings: CacheSettings, size: int) -> None:
         self.settings, self.size = settings, size
+        self.in_memory = hasattr(os, "memfd_create")
         self.pool = ProcessPoolExecutor(size, get_context("spawn"), initializer=_begin, initargs=(settings,))
         with interrupts_held():
             for _ in range(size):
@@ -51,7 +54,12 @@ class ShardEncoders:
         if settings is not self.settings:
             raise ValueError("these encoders were started with other settings")
         try:
-            return self.pool.submit(_encode, shard, documents, planned_ids).result()
+            with parcel((documents, planned_ids), self.in_memory) as sent:
+                answer = self.pool.submit(_encode, shard, sent).result()
+            if answer is None:
+                self.in_memory = False
+                return self(shard, documents, settings, planned_ids)
+            return answer
         except BrokenProcessPool:
             raise EngineError(
                 f"shard {shard}: a process that encodes rows died, killed perhaps for want of memory; use smaller "
@@ -81,7 +89,10 @@ def _nothing() -> None:
     """Makes the pool start one more process."""
 
 
-def _encode(
-    shard: int, documents: Sequence[CachedDocument], planned_ids: tuple[str, ...]
-) -> tuple[ShardRecord, dict[str, bytes]]:
+def _encode(shard: int, sent: Parcel) -> tuple[ShardRecord, dict[str, bytes]] | None:
+    """None where the rows cannot be read."""
+    try:
+        documents, planned_ids = sent.open()
+    except OSError:
+        return None
     return encoded_shard(shard, documents, _settings, planned_ids)

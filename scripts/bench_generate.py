@@ -170,12 +170,19 @@ def main() -> None:
 
 
 def readme_table(rows: list[dict[str, str]]) -> str:
-    newest = {(row["shape"], row["k"], row["arm"]): row for row in rows if row.get("lengths") != "long_tail"}
+    """The newest run of every shape and k: arms of one run only, which alone have a common `plain`."""
+    run = ("shape", "k", "prompts", "prompt_tokens", "max_tokens", "machine", "lengths")
+    of_run: dict[tuple, dict] = {}
+    for row in rows:
+        if row.get("lengths") != "long_tail":
+            of_run.setdefault(tuple(row[name] for name in run), {})[row["arm"]] = row
+    newest = {(key[0], key[1]): arms for key, arms in of_run.items()}
     lines = [
-        [row["shape"], row["k"], ARMS.get(row["arm"], row["arm"]), row["tokens_per_s"], row["ratio"], row["machine"]]
-        for row in newest.values()
+        [row["shape"], row["k"], ARMS.get(arm, arm), row["prompts"], row["tokens_per_s"], row["ratio"], row["machine"]]
+        for arms in newest.values()
+        for arm, row in arms.items()
     ]
-    return markdown(["shape", "k", "", "tokens/s", "time, to plain", "GPU"], lines)
+    return markdown(["shape", "k", "", "prompts", "tokens/s", "time, to plain", "GPU"], lines)
 
 
 class Bench:

@@ -1,8 +1,9 @@
 """The grid of scripts/proof.py: tasks, students, arms, what a cell is, and in which order cells are measured.
 
 A cell is one training run and its measurements. Each block of the grid first tries every learning rate of each of its
-arms on seed 0; an arm's other seeds then take the rate that was best on validation documents, which are neither trained
-on nor reported. Cells that vary `k_ids` take the rate of the block they vary.
+arms on seed 0, and where the best of an arm is the lowest or the highest half and twice that, too; an arm's other seeds
+then take the rate that was best on validation documents, which are neither trained on nor reported. Cells that vary
+`k_ids` take the rate of the block they vary.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,14 +86,15 @@ SCALES: dict[str, dict[str, Training]] = {
     },
 }
 # A cut student has everything to learn again, a whole one little to gain by large steps.
-RATES = {"smollm2-10": (2e-3, 4e-3, 8e-3), "smollm2-10-healed": (6e-5, 2e-4, 6e-4, 2e-3), "smollm2": (3e-5, 1e-4, 3e-4)}
+RATES = {
+    "smollm2-10": (1e-3, 2e-3, 4e-3, 8e-3),
+    "smollm2-10-healed": (6e-5, 2e-4, 6e-4, 2e-3),
+    "smollm2": (3e-5, 1e-4, 3e-4),
+}
+MOST_STEPS_BEYOND = 3  # from the usual rates, where the best stays at an end (any training may do harm)
+MANY_EPOCHS_RATES = (5e-4, 1e-3, 2e-3, 4e-3)  # of the cut student: large steps only overfit sooner
 # Scales that have no time for more than one.
 NOT_TUNED = {"cpu": {"smollm2-10": 2e-3, "smollm2-10-healed": 2e-4, "smollm2": 3e-5}}
-
-
-def rates_of(scale: str, student: str) -> tuple[float, ...]:
-    """The learning rates that are tried, ascending."""
-    return (NOT_TUNED[scale][student],) if scale in NOT_TUNED else RATES[student]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +138,8 @@ KEY = tuple(Cell.__dataclass_fields__)
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Cells that stand in one table. tuned: every rate is tried on seed 0; else it is that of the block they vary."""
+    """Cells that stand in one table. tuned: every rate is tried on seed 0; else it is that of the block they vary.
+    rates: where they are others than the student's usual ones."""
 
     task: str
     student: str
@@ -146,8 +149,13 @@ class Block:
     fraction: float = 1.0
     longer: int = 1
     tuned: bool = True
+    rates: Sequence[float] = ()
     seeds: Sequence[int] = (0, 1, 2)
     core: bool = False
+
+    def rates_at(self, scale: str) -> Sequence[float]:
+        """The learning rates that every arm is tried at, ascending."""
+        return (NOT_TUNED[scale][self.student],) if scale in NOT_TUNED else self.rates or RATES[self.student]
 
 
 VARIED = ("task", "student", "answers", "k_ids", "fraction", "longer")  # what all cells of a block have in common
@@ -156,29 +164,34 @@ VARIED = ("task", "student", "answers", "k_ids", "fraction", "longer")  # what a
 def _blocks() -> tuple[Block, ...]:
     healed, whole = "smollm2-10-healed", "smollm2"
     cut = {"task": "wikipedia", "student": "smollm2-10"}
-    few_arms = ("ce", "mapped", "uld")
+    few_arms = ("ce", "mapped", "mapped 3", "uld")
+    many_epochs = {**cut, "arms": few_arms, "rates": MANY_EPOCHS_RATES}
     other_tasks = ("narrative_qa", "pubmed_qa", "boolq", "dialogues")
     blocks = [
+        # The longest cells first. CE overfits at every rate over many epochs, and where text is scarce.
+        Block(**many_epochs | {"arms": few_arms[:3]}, longer=4),
         Block(**cut, arms=CORE_ARMS, core=True),
         Block(task="disfl_qa", student=healed, arms=CORE_ARMS, core=True),
         Block(task="xsum", student=healed, arms=CORE_ARMS, core=True),
-        # Every kind of task, and of plain text the scarce kind, before any is complete.
-        *[Block(task=task, student=healed, arms=few_arms) for task in other_tasks],
-        # Where text is scarce, and over many epochs, CE overfits at every rate: each arm is tuned there, too.
-        Block(**cut, arms=("ce", "mapped", "mapped 3", "uld"), fraction=0.25),
-        Block(task="wikipedia", student=whole, arms=few_arms),
-        *[Block(**cut, arms=("mapped",), k_ids=k_ids, tuned=False) for k_ids in (64, 4, 32, 8)],
-        Block(**cut, arms=STRONGER_ARMS),
-        Block(**cut, arms=("ce", "mapped", "mapped 3", "uld"), longer=4),
+        Block(**many_epochs, fraction=0.25),
     ]
     # The paper's regime: a whole student, a small set, several epochs, answers that the teacher wrote.
     blocks += [
         Block(task="disfl_qa", student=whole, arms=("ce", "uld", "uld positional", "mapped"), answers=answers)
         for answers in ("teacher", "given")
     ]
-    blocks += [Block(task=task, student=healed, arms=STRONGER_ARMS) for task in ("disfl_qa", "xsum")]
-    blocks.append(Block(**cut, arms=OTHER_ARMS))
     blocks += [
+        Block(**cut, arms=STRONGER_ARMS),
+        Block(**many_epochs | {"arms": ("mapped alone",)}, longer=4),
+        Block(**many_epochs | {"arms": ("mapped 3",)}, longer=4, k_ids=64, tuned=False),
+        # Every kind of task before any is complete.
+        *[Block(task=task, student=healed, arms=few_arms) for task in other_tasks],
+        *[Block(**cut, arms=("mapped",), k_ids=k_ids, tuned=False) for k_ids in (64, 4, 32, 8)],
+        Block(**cut, arms=("mapped 3",), k_ids=64, tuned=False),
+        Block(task="wikipedia", student=whole, arms=few_arms),
+        *[Block(task=task, student=healed, arms=STRONGER_ARMS) for task in ("disfl_qa", "xsum")],
+        Block(**many_epochs, longer=4),
+        Block(**cut, arms=OTHER_ARMS),
         Block(task="disfl_qa", student=healed, arms=few_arms, fraction=0.25),
         Block(**cut, arms=few_arms, fraction=0.5),
         Block(task="disfl_qa", student=healed, arms=few_arms, fraction=0.5),
@@ -193,17 +206,36 @@ BLOCKS = _blocks()
 
 def cells_of(block: Block, scale: str, rows: Sequence[Row]) -> Iterator[Cell]:
     """The cells of a block in the order in which they are measured."""
-    rates = rates_of(scale, block.student)
-    middle_first = sorted(rates, key=lambda rate: rate != rates[len(rates) // 2])
+    usual = block.rates_at(scale)
+    middle_first = sorted(usual, key=lambda rate: rate != usual[len(usual) // 2])
     if block.tuned:
         for rate in middle_first:
             for arm in block.arms:
                 yield _cell(block, scale, arm, rate, 0)
+        for arm in block.arms:
+            for rate in rates_to_try(block, scale, arm, rows):
+                if rate not in usual:
+                    yield _cell(block, scale, arm, rate, 0)
     for seed in block.seeds[1:] if block.tuned else block.seeds:
         for arm in block.arms:
             tuned = block if block.tuned else replace(block, k_ids=DEFAULT_K_IDS)
+            rates = rates_to_try(tuned, scale, arm, rows)
             rate = best_rate([_cell(tuned, scale, arm, rate, 0) for rate in rates], rows)
             yield _cell(block, scale, arm, rate, seed)
+
+
+def rates_to_try(block: Block, scale: str, arm: str, rows: Sequence[Row]) -> list[float]:
+    """The learning rates of an arm, ascending: the block's, and while the best of them is an end, one beyond it."""
+    rates = sorted(block.rates_at(scale))
+    for _ in range(MOST_STEPS_BEYOND if len(rates) > 1 else 0):
+        best = best_rate([_cell(block, scale, arm, rate, 0) for rate in rates], rows)
+        if best == rates[0]:
+            rates.insert(0, best / 2)
+        elif best == rates[-1]:
+            rates.append(best * 2)
+        else:
+            break
+    return rates
 
 
 def best_rate(tried: Sequence[Cell], rows: Sequence[Row]) -> float | None:

@@ -28,7 +28,7 @@ import demo_assets
 import proof_tasks
 import torch
 from cut_student import cut_student
-from proof_grid import ARMS, RATES, SCALES, Training
+from proof_grid import ARMS, SCALES, Training
 from proof_rows import lock_file
 
 from cache_builder.main import main as cache_builder
@@ -41,7 +41,7 @@ RANKS = 64
 MIN_BYTES = 400  # of a Wikipedia passage
 LAYERS = 10
 SHARDS = 24  # of every cache, so that some builders have enough to share
-HEALING_RATE = RATES["smollm2-10"][1]
+HEALING_RATE = 4e-3
 FINE_TUNING = {"epochs": 3, "rate": 5e-5}  # of the teacher, on the documents that students train on later
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from proof import RESULTS
-from proof_grid import ARMS, BLOCKS, DEFAULT_K_IDS, KEY, SCALES, VARIED, Block, Cell, Row, cells_of, rates_of
+from proof_grid import ARMS, BLOCKS, DEFAULT_K_IDS, KEY, SCALES, VARIED, Block, Cell, Row, cells_of, rates_to_try
 from proof_rows import done_keys
 from result_table import read_rows
 
@@ -25,11 +25,14 @@ BEGIN, END = "<!-- proof -->\n", "\n<!-- /proof -->"
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One arm of a block: the rows of its seeds at its best rate, and the rates that were tried, ascending."""
+    """One arm of a block: the rows of its seeds at its best rate; the rates that were tried, ascending, and how many
+    shall be; the row of another rate that is best on the documents that are reported, which choose nothing."""
 
     arm: str
     rows: Sequence[Row]
     rates: Sequence[float]
+    rates_to_try: int
+    hindsight: Row | None
 
     def column(self, name: str) -> list[float]:
         return [float(row[name]) for row in self.rows]
@@ -59,7 +62,16 @@ def figures_of(block: Block, scale: str, rows: Sequence[Row]) -> list[Figure]:
             best = min(first_seed, key=lambda row: float(row["validation_bits_per_byte"]))["learning_rate"]
             at_best = [row for row in of_arm if row["learning_rate"] == best]
             rates = sorted({float(row["learning_rate"]) for row in first_seed})
-            found.append(Figure(arm=arm, rows=sorted(at_best, key=lambda row: int(row["seed"])), rates=rates))
+            on_test = min(first_seed, key=lambda row: float(row["bits_per_byte"]))
+            found.append(
+                Figure(
+                    arm=arm,
+                    rows=sorted(at_best, key=lambda row: int(row["seed"])),
+                    rates=rates,
+                    rates_to_try=len(rates_to_try(block, scale, arm, rows)),
+                    hindsight=None if on_test["learning_rate"] == best else on_test,
+                )
+            )
     return found
 
 
@@ -88,7 +100,8 @@ def block_table(block: Block, scale: str, rows: Sequence[Row]) -> str | None:
     scores = f", {metric.replace('_', ' ')} {float(first['teacher_score']):.1f}" if metric else ""
     scores_untrained = f", {float(first['untrained_score']):.1f}" if metric else ""
     lines += ["", f"Teacher {teacher:.4f}{scores}; untrained student {untrained:.4f}{scores_untrained}."]
-    lines += [verdict(figures, ce)] if ce is not None and len(figures) > 1 else []
+    if ce is not None:
+        lines.append(verdict(figures, ce) + hindsight(ce))
     return "\n".join(lines)
 
 
@@ -106,13 +119,12 @@ def caption(block: Block, row: Row) -> str:
 
 def rate_text(figure: Figure, block: Block) -> str:
     """The best rate; marked where a better one may lie beyond those tried, or not all were."""
-    rate, rates = float(figure.rows[0]["learning_rate"]), rates_of(figure.rows[0]["scale"], block.student)
-    if len(rates) == 1:
+    rate, tried = float(figure.rows[0]["learning_rate"]), figure.rates
+    if figure.rates_to_try == 1:
         return f"{rate:g} (not tuned)"
     if not block.tuned:
         return f"{rate:g}"
-    tried = figure.rates
-    said = [f"{len(tried)} of {len(rates)} tried"] if len(tried) < len(rates) else []
+    said = [f"{len(tried)} of {figure.rates_to_try} tried"] if len(tried) < figure.rates_to_try else []
     if len(tried) > 1 and rate in (tried[0], tried[-1]):
         said.append("the end of them" if said else "the end")
     return f"{rate:g}" + (f" ({', '.join(said)})" if said else "")
@@ -135,36 +147,76 @@ def verdict(figures: Sequence[Figure], ce: Figure) -> str:
     return " ".join(f"{what}: {', '.join(arms)}." for what, arms in parts if arms)
 
 
+def hindsight(ce: Figure) -> str:
+    """What CE would have had at a rate that its validation documents did not choose, on the first seed."""
+    row = ce.hindsight
+    if row is None:
+        return ""
+    score = f", {row['metric'].replace('_', ' ')} {float(row['score']):.1f}" if row["metric"] else ""
+    return (
+        f" At {float(row['learning_rate']):g}, which validation did not choose, ce had "
+        f"{float(row['bits_per_byte']):.4f}{score} on seed {row['seed']}."
+    )
+
+
+def whatever_the_steps(scale: str, rows: Sequence[Row]) -> str | None:
+    """CE and the best other loss of the core's text and student, each at its own best number of steps."""
+    core = core_of("wikipedia")
+    same = [
+        block
+        for block in merged(BLOCKS)
+        if all(getattr(block, name) == getattr(core, name) for name in ("task", "student", "answers", "fraction"))
+    ]
+    figures = [(figure, block) for block in same for figure in figures_of(block, scale, rows)]
+    if len({figure.rows[0]["steps"] for figure, _ in figures}) < 2:
+        return None
+    ce = min((figure for figure, _ in figures if figure.arm == "ce"), key=lambda figure: figure.bits)
+    best, block = min((one for one in figures if one[0].arm != "ce"), key=lambda one: one[0].bits)
+    gain, teacher = ce.bits - best.bits, float(ce.rows[0]["teacher_bits_per_byte"])
+    ids = f" with ids of {block.k_ids} ranks" if block.k_ids != DEFAULT_K_IDS else ""
+    return (
+        f"**{core.task}, {core.student}, each loss at its own best number of steps**: ce {ce.bits:.4f} after "
+        f"{ce.rows[0]['steps']}, {best.arm}{ids} {best.bits:.4f} after {best.rows[0]['steps']}: {gain:+.4f}, "
+        f"{gain / (ce.bits - teacher):+.0%} of the gap to the teacher."
+    )
+
+
+def core_of(task: str) -> Block:
+    return next(block for block in BLOCKS if block.task == task and block.core)
+
+
 def k_ids_table(scale: str, rows: Sequence[Row]) -> str | None:
     """Bits per byte gained on CE against bytes per row, for each number of ids."""
-    main = next(block for block in BLOCKS if block.task == "wikipedia" and "mapped" in block.arms and block.tuned)
+    main = core_of("wikipedia")
     ce = next((figure for figure in figures_of(main, scale, rows) if figure.arm == "ce"), None)
-    blocks = [block for block in BLOCKS if block.k_ids != DEFAULT_K_IDS]
-    varied = sorted([*blocks, replace(main, arms=("mapped",))], key=lambda block: block.k_ids)
-    found = [(block.k_ids, figure) for block in varied for figure in figures_of(block, scale, rows)]
+    varied = [block for block in BLOCKS if block.k_ids != DEFAULT_K_IDS and block.longer == main.longer]
+    arms = dict.fromkeys(arm for block in varied for arm in block.arms)
+    blocks = sorted([*varied, replace(main, arms=tuple(arms))], key=lambda block: block.k_ids)
+    found = [(block.k_ids, figure) for block in blocks for figure in figures_of(block, scale, rows)]
     if ce is None or len(found) < 2:
         return None
-    lines = ["**How many ids are worth their bytes** (`ce:1,mapped:1`, wikipedia):", ""]
-    lines += ["| k_ids | bytes a row, text and all | seeds | bits per byte | gain on CE |", "|---|---|---|---|---|"]
-    for k_ids, figure in found:
+    lines = ["**How many ids are worth their bytes** (wikipedia):", ""]
+    lines += ["| loss | k_ids | bytes a row, text and all | seeds | bits per byte | gain on CE |", "|---" * 6 + "|"]
+    for k_ids, figure in sorted(found, key=lambda one: list(arms).index(one[1].arm)):
         size = float(figure.rows[0]["bytes_per_row"])
         seeds = {row["seed"] for row in figure.rows} & {row["seed"] for row in ce.rows}
         bits, ce_bits = (
             statistics.mean(float(row["bits_per_byte"]) for row in one.rows if row["seed"] in seeds)
             for one in (figure, ce)
         )
-        lines.append(f"| {k_ids} | {size:.1f} | {len(seeds)} | {bits:.4f} | {ce_bits - bits:+.4f} |")
+        shown = [figure.arm, str(k_ids), f"{size:.1f}", str(len(seeds)), f"{bits:.4f}", f"{ce_bits - bits:+.4f}"]
+        lines.append("| " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
 def merged(blocks: Sequence[Block]) -> list[Block]:
-    """Blocks that differ only in their arms, and in when they are measured, as one."""
+    """Blocks that differ only in their arms, and in when they are measured, as one; what matters most first."""
     found: dict[tuple, Block] = {}
     for block in blocks:
         key = tuple(getattr(block, name) for name in VARIED)
         before = found.get(key, replace(block, arms=()))
         found[key] = replace(before, arms=tuple(dict.fromkeys((*before.arms, *block.arms))))
-    return list(found.values())
+    return sorted(found.values(), key=lambda block: not block.core)
 
 
 def tables(rows: Sequence[Row]) -> str:
@@ -172,7 +224,7 @@ def tables(rows: Sequence[Row]) -> str:
     parts = []
     for scale in ("gpu", "cpu"):
         found = [block_table(block, scale, rows) for block in merged(BLOCKS) if block.k_ids == DEFAULT_K_IDS]
-        found.append(k_ids_table(scale, rows))
+        found += [whatever_the_steps(scale, rows), k_ids_table(scale, rows)]
         cells = {cell.key for block in BLOCKS if block.task in SCALES[scale] for cell in cells_of(block, scale, rows)}
         measured, final = sum(row["scale"] == scale for row in rows), len(cells & done_keys(rows))
         if scale == "gpu":

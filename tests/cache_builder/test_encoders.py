@@ -1,6 +1,7 @@
 """Processes that encode beside the engine's: the same bytes, the errors as raised, and what being killed leaves."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from cache_builder.encoders import ShardEncoders
+from cache_builder.parcels import parcel
 from storage_specs.document import CachedDocument, text_document
 from storage_specs.errors import EngineError, InvalidDocumentError
 from storage_specs.settings import CacheSettings
@@ -54,6 +56,35 @@ def test_a_shard_has_the_same_bytes_whichever_process_encodes_it() -> None:
         os.kill(process, signal.SIGKILL)
         with pytest.raises(EngineError, match="shard 8: a process that encodes rows died"):
             encoders(8, DOCUMENTS, SETTINGS, IDS)
+    finally:
+        encoders.close()
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_parcel_is_what_was_sent_and_whoever_opens_it_may_change_it(in_memory: bool) -> None:
+    sent = {"a": np.arange(9, dtype=np.int8), "empty": np.zeros((0, 3)), "c": np.eye(3), "text": "Aare", "none": None}
+    open_files = len(os.listdir("/proc/self/fd"))
+    with parcel(sent, in_memory) as packed:
+        assert (packed.path is not None) == in_memory
+        first, second = (pickle.loads(pickle.dumps(packed)).open() for _ in range(2))
+    first["c"][0, 0] = 7
+    for name in sent:
+        np.testing.assert_array_equal(second[name], sent[name])
+        assert getattr(second[name], "dtype", None) == getattr(sent[name], "dtype", None)
+    assert second["c"].ctypes.data % 64 == 0 or not in_memory
+    del first, second
+    assert len(os.listdir("/proc/self/fd")) == open_files
+
+
+def test_rows_travel_in_the_pickle_where_processes_cannot_read_each_others_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cache_builder.parcels.os.getpid", lambda: 2**22 + 1)  # above any process's number
+    encoders = ShardEncoders(SETTINGS, 1)
+    try:
+        assert encoders.in_memory
+        assert encoders(7, DOCUMENTS, SETTINGS, IDS) == encoded_shard(7, DOCUMENTS, SETTINGS, IDS)
+        assert not encoders.in_memory
     finally:
         encoders.close()
 

@@ -6,6 +6,7 @@ import math
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from cache_making import tiny_student, write_cache
 from proof_cell import Laboratory, measure, train_once
 from proof_documents import View, shuffled_rows
-from proof_grid import ARMS, BLOCKS, KEY, RATES, Block, Cell, best_rate, cells_of
+from proof_grid import ARMS, BLOCKS, KEY, RATES, Block, Cell, best_rate, cells_of, rates_to_try
 from proof_rows import append_row
 from proof_stages import Stages
 from proof_teacher import NO_LABEL, example_of, fine_tune, padded
@@ -28,6 +29,7 @@ from storage_specs import completion_document, open_cache, text_document
 from storage_specs.errors import ConfigError, NonFiniteLossError
 
 SCRIPTS = Path(proof.__file__).parent
+CORE = next(block for block in BLOCKS if block.core)
 ONE_CELL = ["--scale", "tiny", "--tasks", "wikipedia", "--students", "smollm2", "--seeds", "0", "--rates", "1e-4"]
 
 
@@ -240,9 +242,9 @@ def test_cells_not_measured_are_listed_as_such_and_the_budget_starts_none(tmp_pa
     )
     proof.measure_cells(options, lambda cell: pytest.fail("no time for it"), print)
     lines = proof.listing(options).splitlines()
-    assert len(lines) == 1 + 5 * (3 + 2) + 2 * 5 * (4 + 2)
+    assert len(lines) == 1 + 3 * 5 * (4 + 2)
     assert all(line.startswith("not measured") for line in lines[:-1])
-    assert lines[-1].startswith("0 cells measured, 85 not measured")
+    assert lines[-1].startswith("0 cells measured, 90 not measured")
 
 
 def test_a_torn_line_is_no_row_and_does_not_harm_the_next(tmp_path):
@@ -257,7 +259,7 @@ def test_a_torn_line_is_no_row_and_does_not_harm_the_next(tmp_path):
 def made_up_rows(block: Block, bits: dict[str, float]) -> list[dict[str, str]]:
     """Rows of all cells of a block: an arm's bits, worse at the ends of its rates, and a little more for each seed."""
     rows: list[dict[str, str]] = []
-    middle = RATES[block.student][1]
+    middle = sorted(block.rates_at("gpu"))[2]
     for _ in range(2):
         for cell in cells_of(block, "gpu", rows):
             if cell.learning_rate is None or cell.key in proof.done_keys(rows):
@@ -271,15 +273,35 @@ def made_up_rows(block: Block, bits: dict[str, float]) -> list[dict[str, str]]:
 
 
 def test_the_best_rate_of_seed_0_is_the_rate_of_the_others_and_of_what_varies_them():
-    block = BLOCKS[0]
+    block = CORE
     assert [cell.learning_rate for cell in cells_of(block, "gpu", [])][-2:] == [None, None]
     rows = made_up_rows(block, dict.fromkeys(block.arms, 1.0))
-    assert len(rows) == 5 * (3 + 2)
+    assert len(rows) == 5 * (4 + 2)
     later = [cell for cell in cells_of(block, "gpu", rows) if cell.seed]
-    assert {cell.learning_rate for cell in later} == {RATES[block.student][1]}
-    varied = next(block for block in BLOCKS if block.k_ids == 64)
-    assert {cell.learning_rate for cell in cells_of(varied, "gpu", rows)} == {RATES[block.student][1]}
+    assert {cell.learning_rate for cell in later} == {RATES[block.student][2]}
+    varied = next(block for block in BLOCKS if block.k_ids == 64 and block.longer == 1)
+    assert {cell.learning_rate for cell in cells_of(varied, "gpu", rows)} == {RATES[block.student][2]}
     assert best_rate([wikipedia_cell("ce")], rows) is None
+
+
+def test_an_arm_that_is_best_at_an_end_is_tried_beyond_it():
+    rows = made_up_rows(CORE, dict.fromkeys(CORE.arms, 1.0))
+    lowest = str(RATES[CORE.student][0])
+    for row in rows:
+        if row["arm"] == "uld" and row["learning_rate"] == lowest:
+            row["validation_bits_per_byte"] = "0.5"
+    cells = [cell for cell in cells_of(CORE, "gpu", rows) if cell.arm == "uld"]
+    assert [cell.learning_rate for cell in cells if not cell.seed] == [4e-3, 1e-3, 2e-3, 8e-3, 5e-4]
+    assert {cell.learning_rate for cell in cells if cell.seed} == {None}
+    (figure,) = proof_table.figures_of(replace(CORE, arms=("uld",)), "gpu", rows)
+    assert proof_table.rate_text(figure, CORE) == "0.001 (4 of 5 tried, the end of them)"
+    downhill = [
+        row | {"learning_rate": f"{2.0**-halvings * 1e-3:g}", "validation_bits_per_byte": str(0.4 - halvings)}
+        for row in rows
+        if row["arm"] == "uld" and row["learning_rate"] == lowest
+        for halvings in range(1, 9)
+    ]
+    assert rates_to_try(CORE, "gpu", "uld", rows + downhill)[0] == 1e-3 / 8
 
 
 def test_every_cell_of_the_grid_can_get_its_rate():
@@ -288,12 +310,29 @@ def test_every_cell_of_the_grid_can_get_its_rate():
 
 
 def test_the_table_says_what_is_gained_what_is_lost_and_what_nobody_knows():
-    block = BLOCKS[0]
+    block = CORE
     bits = {"ce": 1.3, "uld": 1.31, "mapped": 1.25, "mapped+likelihood": 1.2995, "uld shuffled": 1.32}
     table = proof_table.block_table(block, "gpu", made_up_rows(block, bits))
     assert "| mapped (`ce:1,mapped:1`) | 0.004 | 3 | 1.2510 ± 0.0010 | **+0.0500** | +10% |" in table
     assert "| uld shuffled (`ce:1,uld:1.5`) | 0.004 | 3 | 1.3210 ± 0.0010 | **-0.0200** | -4% |" in table
     assert "Better than CE: mapped. Worse than CE: uld, uld shuffled. Neither, or too few seeds to say: mapped" in table
+
+
+def test_the_table_says_what_hindsight_and_other_steps_would_change():
+    bits = dict.fromkeys(CORE.arms, 1.3) | {"mapped": 1.25}
+    rows = made_up_rows(CORE, bits)
+    table = proof_table.block_table(CORE, "gpu", rows)
+    assert "which validation did not choose" not in table
+    assert proof_table.whatever_the_steps("gpu", rows) is None
+    for row in rows:
+        if (row["arm"], row["learning_rate"], row["seed"]) == ("ce", "0.001", "0"):
+            row["bits_per_byte"] = "1.28"
+    table = proof_table.block_table(CORE, "gpu", rows)
+    assert "At 0.001, which validation did not choose, ce had 1.2800 on seed 0." in table
+    longer = next(block for block in BLOCKS if block.longer == 4)
+    more = [row | {"steps": "4"} for row in made_up_rows(longer, {"ce": 1.9, "mapped": 1.26, "mapped 3": 1.1})]
+    said = proof_table.whatever_the_steps("gpu", rows + more)
+    assert "ce 1.3010 after 1, mapped 3 1.1010 after 4: +0.2000, +40% of the gap" in said
 
 
 def test_the_readme_shows_what_the_rows_say():

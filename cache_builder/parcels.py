@@ -1,0 +1,61 @@
+"""Rows handed to another process of the same machine, in memory that both map.
+
+A pipe takes 64 KB at a time, for each of which one side wakes the other, and all encoders of a build share one: it is
+four times as slow (scripts/bench_parcels.py).
+"""
+
+import mmap
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+ALIGNMENT = 64  # of every array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parcel:
+    """A pickle whose arrays lie in the file `path`, in this order, `sizes` bytes each. None: they are in the pickle.
+
+    The file is there as long as the sender's `parcel(...)`.
+    """
+
+    pickled: bytes
+    path: str | None
+    sizes: Sequence[int] = ()
+
+    def open(self) -> Any:
+        """What was sent; its arrays may be written to, and nobody else sees it. Raises OSError where the file cannot be
+        read, as where processes may not look at each other."""
+        if self.path is None:
+            return pickle.loads(self.pickled)
+        with open(self.path, "rb") as file:
+            memory = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        arrays, start = [], 0
+        for size in self.sizes:
+            arrays.append(memory[start : start + size])
+            start += size + -size % ALIGNMENT
+        return pickle.loads(self.pickled, buffers=arrays)
+
+
+@contextmanager
+def parcel(thing: Any, in_memory: bool) -> Iterator[Parcel]:
+    """`thing`, ready to be sent to a process of this machine; only its small parts, unless `in_memory` is False."""
+    arrays: list[memoryview] = []
+    keep = (lambda buffer: arrays.append(buffer.raw())) if in_memory else None
+    pickled = pickle.dumps(thing, protocol=5, buffer_callback=keep)
+    if not any(len(array) for array in arrays):
+        yield Parcel(pickled=pickle.dumps(thing, protocol=5), path=None)
+        return
+    number = os.memfd_create("rows")
+    try:
+        with open(number, "wb", closefd=False) as file:
+            for array in arrays:
+                file.write(array)
+                file.write(bytes(-len(array) % ALIGNMENT))
+        path = f"/proc/{os.getpid()}/fd/{number}"
+        yield Parcel(pickled=pickled, path=path, sizes=[len(array) for array in arrays])
+    finally:
+        os.close(number)
