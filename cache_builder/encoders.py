@@ -38,7 +38,7 @@ class ShardEncoders:
 
     def __init__(self, settings: CacheSettings, size: int) -> None:
         self.settings, self.size = settings, size
-        self.in_memory = hasattr(os, "memfd_create")
+        self.in_memory = True  # until one of them cannot read it
         self.pool = ProcessPoolExecutor(size, get_context("spawn"), initializer=_begin, initargs=(settings,))
         with interrupts_held():
             for _ in range(size):
@@ -90,7 +90,7 @@ def _nothing() -> None:
 
 
 def _encode(shard: int, sent: Parcel) -> tuple[ShardRecord, dict[str, bytes]] | None:
-    """None where the rows cannot be read."""
+    """A shard's bytes; None where its rows cannot be read."""
     try:
         documents, planned_ids = sent.open()
     except OSError:

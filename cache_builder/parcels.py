@@ -41,21 +41,29 @@ class Parcel:
 
 
 @contextmanager
-def parcel(thing: Any, in_memory: bool) -> Iterator[Parcel]:
-    """`thing`, ready to be sent to a process of this machine; only its small parts, unless `in_memory` is False."""
-    arrays: list[memoryview] = []
-    keep = (lambda buffer: arrays.append(buffer.raw())) if in_memory else None
-    pickled = pickle.dumps(thing, protocol=5, buffer_callback=keep)
-    if not any(len(array) for array in arrays):
+def parcel(thing: Any, in_memory: bool = True) -> Iterator[Parcel]:
+    """`thing`, ready to be sent to a process of this machine; whole where not `in_memory`, or where there is none."""
+    number = _memory_file() if in_memory else None
+    if number is None:
         yield Parcel(pickled=pickle.dumps(thing, protocol=5), path=None)
         return
-    number = os.memfd_create("rows")
+    arrays: list[memoryview] = []
     try:
+        pickled = pickle.dumps(thing, protocol=5, buffer_callback=lambda buffer: arrays.append(buffer.raw()))
         with open(number, "wb", closefd=False) as file:
             for array in arrays:
                 file.write(array)
                 file.write(bytes(-len(array) % ALIGNMENT))
+            file.write(bytes(1))  # nothing cannot be mapped
         path = f"/proc/{os.getpid()}/fd/{number}"
         yield Parcel(pickled=pickled, path=path, sizes=[len(array) for array in arrays])
     finally:
         os.close(number)
+
+
+def _memory_file() -> int | None:
+    """A file in memory, which needs no /dev/shm; None on systems without, or where it is forbidden."""
+    try:
+        return os.memfd_create("rows")
+    except (AttributeError, OSError):
+        return None

@@ -72,8 +72,23 @@ def test_a_parcel_is_what_was_sent_and_whoever_opens_it_may_change_it(in_memory:
         np.testing.assert_array_equal(second[name], sent[name])
         assert getattr(second[name], "dtype", None) == getattr(sent[name], "dtype", None)
     assert second["c"].ctypes.data % 64 == 0 or not in_memory
-    del first, second
+    with parcel([np.zeros(0)], in_memory) as packed:
+        assert packed.open()[0].shape == (0,)
+    del first, second, packed
     assert len(os.listdir("/proc/self/fd")) == open_files
+
+
+@pytest.mark.parametrize("missing", [AttributeError, PermissionError])
+def test_without_files_in_memory_a_parcel_is_a_pickle(
+    missing: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def memfd_create(name: str) -> int:
+        raise missing(name)
+
+    monkeypatch.setattr("cache_builder.parcels.os.memfd_create", memfd_create)
+    with parcel(np.arange(3)) as packed:
+        assert packed.path is None
+        np.testing.assert_array_equal(packed.open(), np.arange(3))
 
 
 def test_rows_travel_in_the_pickle_where_processes_cannot_read_each_others_files(
