@@ -1,7 +1,7 @@
 """Rows handed to another process of the same machine, in memory that both map.
 
 A pipe takes 64 KB at a time, for each of which one side wakes the other, and all encoders of a build share one: it is
-four times as slow (scripts/bench_parcels.py).
+three to four times as slow (scripts/bench_parcels.py).
 """
 
 import mmap
