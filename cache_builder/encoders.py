@@ -5,16 +5,19 @@ from the engine's client just when its next step is due. A shard's rows travel i
 (`parcels`), its bytes as a pickle.
 """
 
+import errno
 import os
 import signal
+import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
+from typing import Any
 
 from cache_builder.interrupts import interrupts_held
-from cache_builder.parcels import Parcel, parcel
+from cache_builder.parcels import Parcel, ParcelError, parcel
 from storage_specs.document import CachedDocument
 from storage_specs.errors import EngineError
 from storage_specs.settings import CacheSettings
@@ -22,6 +25,7 @@ from storage_specs.shard_record import ShardRecord
 from storage_specs.writer import encoded_shard
 
 MOST = 8  # at 50,000 rows a second each (scripts/bench_client.py), more than any single engine scores
+FORBIDDEN = (errno.ENOENT, errno.EACCES, errno.EPERM)  # and not: too many open files, no memory just now
 CORES_LEFT = 4  # to the engine's own processes
 
 _settings: CacheSettings  # of an encoder's process
@@ -38,7 +42,7 @@ class ShardEncoders:
 
     def __init__(self, settings: CacheSettings, size: int) -> None:
         self.settings, self.size = settings, size
-        self.in_memory = True  # until one of them cannot read it
+        self.in_memory = True  # until one of them may not read the others' files
         self.pool = ProcessPoolExecutor(size, get_context("spawn"), initializer=_begin, initargs=(settings,))
         with interrupts_held():
             for _ in range(size):
@@ -54,17 +58,22 @@ class ShardEncoders:
         if settings is not self.settings:
             raise ValueError("these encoders were started with other settings")
         try:
-            with parcel((documents, planned_ids), self.in_memory) as sent:
-                answer = self.pool.submit(_encode, shard, sent).result()
-            if answer is None:
-                self.in_memory = False
-                return self(shard, documents, settings, planned_ids)
-            return answer
+            try:
+                return self._encoded(shard, (documents, planned_ids), self.in_memory)
+            except ParcelError as error:
+                if self.in_memory and error.errno in FORBIDDEN:
+                    self.in_memory = False
+                    print(f"rows go to the encoders by a pipe, slower: {error.strerror}", file=sys.stderr)
+                return self._encoded(shard, (documents, planned_ids), False)
         except BrokenProcessPool:
             raise EngineError(
                 f"shard {shard}: a process that encodes rows died, killed perhaps for want of memory; use smaller "
                 "shards (--documents_per_shard), and run the same command again to resume"
             ) from None
+
+    def _encoded(self, shard: int, rows: Any, in_memory: bool) -> tuple[ShardRecord, dict[str, bytes]]:
+        with parcel(rows, in_memory) as sent:
+            return self.pool.submit(_encode, shard, sent).result()
 
 
 def _begin(settings: CacheSettings) -> None:
@@ -89,10 +98,6 @@ def _nothing() -> None:
     """Makes the pool start one more process."""
 
 
-def _encode(shard: int, sent: Parcel) -> tuple[ShardRecord, dict[str, bytes]] | None:
-    """A shard's bytes; None where its rows cannot be read."""
-    try:
-        documents, planned_ids = sent.open()
-    except OSError:
-        return None
+def _encode(shard: int, sent: Parcel) -> tuple[ShardRecord, dict[str, bytes]]:
+    documents, planned_ids = sent.open()
     return encoded_shard(shard, documents, _settings, planned_ids)

@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--max_tokens", type=int, default=288)
     parser.add_argument("--lengths", choices=LENGTHS, default="even", help="of the completions")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--arms", default=",".join(ARMS), help="plain must be among them")
+    parser.add_argument("--arms", default=",".join(ARMS), help="the first one has to be plain")
     parser.add_argument("--documents_per_shard", type=int, default=32)
     parser.add_argument("--encoders", type=int, default=encoder_count(1), help="processes that encode; 0: threads")
     parser.add_argument("--engine", nargs="*", default=[], metavar="NAME[=VALUE]", help="vLLM engine arguments")
@@ -159,6 +159,8 @@ def main() -> None:
     if given.show:
         print(readme_table(read_rows(given.results)))
         return
+    if given.arms.split(",")[0] != "plain":
+        parser.error("--arms begins with plain: all ratios are to it")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(given, Path(folder))
         try:
@@ -170,17 +172,16 @@ def main() -> None:
 
 
 def readme_table(rows: list[dict[str, str]]) -> str:
-    """The newest run of every shape and k: arms of one run only, which alone have a common `plain`."""
-    run = ("shape", "k", "prompts", "prompt_tokens", "max_tokens", "machine", "lengths")
-    of_run: dict[tuple, dict] = {}
+    """The newest run of every shape and k; `plain` is the first row of each run, and all its ratios are to it."""
+    newest: dict[tuple[str, str], list[dict[str, str]]] = {}
     for row in rows:
         if row.get("lengths") != "long_tail":
-            of_run.setdefault(tuple(row[name] for name in run), {})[row["arm"]] = row
-    newest = {(key[0], key[1]): arms for key, arms in of_run.items()}
+            key = row["shape"], row["k"]
+            newest[key] = [row] if row["arm"] == "plain" else [*newest[key], row]
     lines = [
-        [row["shape"], row["k"], ARMS.get(arm, arm), row["prompts"], row["tokens_per_s"], row["ratio"], row["machine"]]
-        for arms in newest.values()
-        for arm, row in arms.items()
+        [row["shape"], row["k"], ARMS[row["arm"]], row["prompts"], row["tokens_per_s"], row["ratio"], row["machine"]]
+        for run in newest.values()
+        for row in run
     ]
     return markdown(["shape", "k", "", "prompts", "tokens/s", "time, to plain", "GPU"], lines)
 

@@ -31,7 +31,7 @@ engine() { # its processes are forked: what they import was imported before
   local no_graphs='compilation_config={"cudagraph_mode":"NONE"}'
   for one in ${MEASURE-tests k256 1.7b generate long_tail 8b}; do case $one in
     8b) step 8b 200 $capture --k 64 128 --prompts 384 --engine "$no_graphs" ;;
-    1.7b) step 1.7b 150 $capture --shape qwen3-1.7b --prompts 1280 --repeats 3 --routes prefill,disk --engine "$no_graphs" ;;
+    1.7b) step 1.7b 180 $capture --shape qwen3-1.7b --prompts 1280 --repeats 3 --engine "$no_graphs" ;;
     k256) step k256 60 $capture --shape qwen3-1.7b --vocabulary 262144 --k 256 --prompts 128 --repeats 1 --engine enforce_eager ;;
     generate) step generate 220 $generate --prompts 3072 --max_tokens 288 ;;
     long_tail) step long_tail 220 $generate --prompts 6144 --max_tokens 1024 --lengths long_tail ;;

@@ -1,9 +1,9 @@
 """The grid of scripts/proof.py: tasks, students, arms, what a cell is, and in which order cells are measured.
 
 A cell is one training run and its measurements. Each block of the grid first tries every learning rate of each of its
-arms on seed 0, and where the best of an arm is the lowest or the highest half and twice that, too; an arm's other seeds
-then take the rate that was best on validation documents, which are neither trained on nor reported. Cells that vary
-`k_ids` take the rate of the block they vary.
+arms on seed 0; where the lowest of them is an arm's best, half of it is tried, too, where the highest, twice it, up to
+three times. An arm's other seeds then take the rate that was best on validation documents, which are neither trained on
+nor reported. Cells that vary `k_ids` take the rate of the block they vary.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -91,7 +91,7 @@ RATES = {
     "smollm2-10-healed": (6e-5, 2e-4, 6e-4, 2e-3),
     "smollm2": (3e-5, 1e-4, 3e-4),
 }
-MOST_STEPS_BEYOND = 3  # from the usual rates, where the best stays at an end (any training may do harm)
+MOST_STEPS_BEYOND = 3  # the usual rates: where any training does harm the lowest rate stays the best
 MANY_EPOCHS_RATES = (5e-4, 1e-3, 2e-3, 4e-3)  # of the cut student: large steps only overfit sooner
 # Scales that have no time for more than one.
 NOT_TUNED = {"cpu": {"smollm2-10": 2e-3, "smollm2-10-healed": 2e-4, "smollm2": 3e-5}}

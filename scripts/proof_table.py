@@ -42,6 +42,10 @@ class Figure:
         return statistics.mean(self.column("bits_per_byte"))
 
     @property
+    def validation(self) -> float:
+        return statistics.mean(self.column("validation_bits_per_byte"))
+
+    @property
     def spread(self) -> float:
         bits = self.column("bits_per_byte")
         return statistics.stdev(bits) if len(bits) > 1 else math.nan
@@ -57,12 +61,12 @@ def figures_of(block: Block, scale: str, rows: Sequence[Row]) -> list[Figure]:
         of_arm = [
             row for row in rows if all(row[name] == same[name] for name in KEY if name not in ("learning_rate", "seed"))
         ]
-        first_seed = [row for row in of_arm if row["seed"] == str(block.seeds[0])]
-        if first_seed:
-            best = min(first_seed, key=lambda row: float(row["validation_bits_per_byte"]))["learning_rate"]
+        choosing = [row for row in of_arm if not block.tuned or row["seed"] == str(block.seeds[0])]
+        if choosing:
+            best = min(choosing, key=lambda row: float(row["validation_bits_per_byte"]))["learning_rate"]
             at_best = [row for row in of_arm if row["learning_rate"] == best]
-            rates = sorted({float(row["learning_rate"]) for row in first_seed})
-            on_test = min(first_seed, key=lambda row: float(row["bits_per_byte"]))
+            rates = sorted({float(row["learning_rate"]) for row in choosing})
+            on_test = min(choosing, key=lambda row: float(row["bits_per_byte"]))
             found.append(
                 Figure(
                     arm=arm,
@@ -149,35 +153,42 @@ def verdict(figures: Sequence[Figure], ce: Figure) -> str:
 
 def hindsight(ce: Figure) -> str:
     """What CE would have had at a rate that its validation documents did not choose, on the first seed."""
-    row = ce.hindsight
+    row, chosen = ce.hindsight, ce.rows[0]
     if row is None:
         return ""
-    score = f", {row['metric'].replace('_', ' ')} {float(row['score']):.1f}" if row["metric"] else ""
     return (
-        f" At {float(row['learning_rate']):g}, which validation did not choose, ce had "
-        f"{float(row['bits_per_byte']):.4f}{score} on seed {row['seed']}."
+        f" At {float(row['learning_rate']):g}, which validation did not choose, ce had {_result(row)} on seed "
+        f"{row['seed']} (at the rate that it chose {_result(chosen)})."
     )
 
 
+def _result(row: Row) -> str:
+    score = f", {row['metric'].replace('_', ' ')} {float(row['score']):.1f}" if row["metric"] else ""
+    return f"{float(row['bits_per_byte']):.4f}{score}"
+
+
 def whatever_the_steps(scale: str, rows: Sequence[Row]) -> str | None:
-    """CE and the best other loss of the core's text and student, each at its own best number of steps."""
+    """CE and the best other loss of the core's text and student, each at its own best number of steps of those that
+    were run, by validation; of more than one seed."""
     core = core_of("wikipedia")
     same = [
         block
         for block in merged(BLOCKS)
         if all(getattr(block, name) == getattr(core, name) for name in ("task", "student", "answers", "fraction"))
     ]
-    figures = [(figure, block) for block in same for figure in figures_of(block, scale, rows)]
-    if len({figure.rows[0]["steps"] for figure, _ in figures}) < 2:
+    figures = [(figure, block) for block in same for figure in figures_of(block, scale, rows) if len(figure.rows) > 1]
+    of_ce = [one for one in figures if one[0].arm == "ce"]
+    others = [one for one in figures if one[0].arm != "ce"]
+    if len({figure.rows[0]["steps"] for figure, _ in of_ce}) < 2 or not others:
         return None
-    ce = min((figure for figure, _ in figures if figure.arm == "ce"), key=lambda figure: figure.bits)
-    best, block = min((one for one in figures if one[0].arm != "ce"), key=lambda one: one[0].bits)
+    (ce, _), (best, block) = (min(some, key=lambda one: one[0].validation) for some in (of_ce, others))
     gain, teacher = ce.bits - best.bits, float(ce.rows[0]["teacher_bits_per_byte"])
     ids = f" with ids of {block.k_ids} ranks" if block.k_ids != DEFAULT_K_IDS else ""
     return (
-        f"**{core.task}, {core.student}, each loss at its own best number of steps**: ce {ce.bits:.4f} after "
-        f"{ce.rows[0]['steps']}, {best.arm}{ids} {best.bits:.4f} after {best.rows[0]['steps']}: {gain:+.4f}, "
-        f"{gain / (ce.bits - teacher):+.0%} of the gap to the teacher."
+        f"**{core.task}, {core.student}, each loss at the better of the numbers of steps that were run**: ce "
+        f"{ce.bits:.4f} ± {ce.spread:.4f} after {ce.rows[0]['steps']}, {best.arm}{ids} {best.bits:.4f} ± "
+        f"{best.spread:.4f} after {best.rows[0]['steps']}: {gain:+.4f}, {gain / (ce.bits - teacher):+.0%} of the gap "
+        "to the teacher."
     )
 
 
@@ -230,7 +241,7 @@ def tables(rows: Sequence[Row]) -> str:
         if scale == "gpu":
             parts.append(
                 f"On one GPU {final} of the grid's {len(cells)} cells are measured, and {measured - final} at rates "
-                "that more rates may yet change; the others are not."
+                "that more rates may yet change or already did; the others are not."
             )
         else:
             parts.append(f"On a CPU {measured} cells are measured, small ones, to see which way they point.")

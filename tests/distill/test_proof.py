@@ -18,7 +18,7 @@ import torch
 from cache_making import tiny_student, write_cache
 from proof_cell import Laboratory, measure, train_once
 from proof_documents import View, shuffled_rows
-from proof_grid import ARMS, BLOCKS, KEY, RATES, Block, Cell, best_rate, cells_of, rates_to_try
+from proof_grid import ARMS, BLOCKS, KEY, RATES, VARIED, Block, Cell, best_rate, cells_of, rates_to_try
 from proof_rows import append_row
 from proof_stages import Stages
 from proof_teacher import NO_LABEL, example_of, fine_tune, padded
@@ -305,8 +305,11 @@ def test_an_arm_that_is_best_at_an_end_is_tried_beyond_it():
 
 
 def test_every_cell_of_the_grid_can_get_its_rate():
-    tuned = {(one.task, one.student, one.answers, arm) for one in BLOCKS if one.tuned for arm in one.arms}
-    assert {(one.task, one.student, one.answers, arm) for one in BLOCKS for arm in one.arms} == tuned
+    def tuned_as(block: Block, arm: str) -> tuple:
+        return (*(getattr(block, name) for name in VARIED if name != "k_ids"), tuple(block.rates_at("gpu")), arm)
+
+    tuned = {tuned_as(block, arm) for block in BLOCKS if block.tuned for arm in block.arms}
+    assert {tuned_as(block, arm) for block in BLOCKS for arm in block.arms} == tuned
 
 
 def test_the_table_says_what_is_gained_what_is_lost_and_what_nobody_knows():
@@ -328,11 +331,23 @@ def test_the_table_says_what_hindsight_and_other_steps_would_change():
         if (row["arm"], row["learning_rate"], row["seed"]) == ("ce", "0.001", "0"):
             row["bits_per_byte"] = "1.28"
     table = proof_table.block_table(CORE, "gpu", rows)
-    assert "At 0.001, which validation did not choose, ce had 1.2800 on seed 0." in table
+    said = "At 0.001, which validation did not choose, ce had 1.2800 on seed 0 (at the rate that it chose 1.3000)."
+    assert said in table
     longer = next(block for block in BLOCKS if block.longer == 4)
     more = [row | {"steps": "4"} for row in made_up_rows(longer, {"ce": 1.9, "mapped": 1.26, "mapped 3": 1.1})]
     said = proof_table.whatever_the_steps("gpu", rows + more)
-    assert "ce 1.3010 after 1, mapped 3 1.1010 after 4: +0.2000, +40% of the gap" in said
+    assert "ce 1.3010 ± 0.0010 after 1, mapped 3 1.1010 ± 0.0010 after 4: +0.2000, +40% of the gap" in said
+    assert proof_table.whatever_the_steps("gpu", [row for row in rows + more if row["arm"] == "ce"]) is None
+    assert proof_table.whatever_the_steps("gpu", [row for row in rows + more if row["arm"] != "ce"]) is None
+    one_seed = [row for row in rows + more if row["arm"] != "mapped 3" or row["seed"] == "0"]
+    assert "mapped 1.2510" in proof_table.whatever_the_steps("gpu", one_seed)
+
+
+def test_cells_that_vary_the_ids_are_shown_whichever_seeds_they_have():
+    varied = next(block for block in BLOCKS if block.k_ids == 64 and block.longer == 1)
+    rows = made_up_rows(CORE, dict.fromkeys(CORE.arms, 1.3))
+    rows += [row | {"k_ids": "64"} for row in rows if row["arm"] == varied.arms[0] and row["seed"] == "2"]
+    assert f"| {varied.arms[0]} | 64 | 40.0 | 1 |" in proof_table.k_ids_table("gpu", rows)
 
 
 def test_the_readme_shows_what_the_rows_say():
