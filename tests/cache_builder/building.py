@@ -69,8 +69,8 @@ def _gate(folder: Path, code: str, **values: Any) -> Gate:
 def start_build(
     flags: list[str], output: Path, environment: Mapping[str, str] = MappingProxyType({})
 ) -> subprocess.Popen[str]:
-    """A build of its own process, on the CPU, with one thread."""
-    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    """A build of its own process, on the CPU."""
+    own = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-m", "cache_builder", "build", *flags, "--output", str(output)],
         cwd=ROOT,

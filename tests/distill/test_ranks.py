@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from test_command import command
 
@@ -45,20 +44,10 @@ def run_under_torchrun(processes, runs):
     """Runs of `distill` on so many processes, which share a core here. Returns what they said."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
     words = [sys.executable, *torchrun, str(HERE / "rank_cases.py"), json.dumps(runs)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr
-
-
-def run_alone(arguments):
-    """The run in this process, as single-threaded as ranks are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert main(arguments) == 0
-    finally:
-        torch.set_num_threads(threads)
 
 
 CASES = {  # cache, student, parallelism, flags
@@ -89,8 +78,8 @@ def of_case(request, case, out, processes):
 def alone(cache_path, student_path, tmp_path_factory):
     """A folder of what one process has learned and told."""
     folder = tmp_path_factory.mktemp("alone")
-    run_alone(learning(cache_path, student_path, folder / "learned", 1))
-    run_alone(telling(cache_path, student_path, folder / "told", 1, *LOOKING_AHEAD))
+    assert main(learning(cache_path, student_path, folder / "learned", 1)) == 0
+    assert main(telling(cache_path, student_path, folder / "told", 1, *LOOKING_AHEAD)) == 0
     return folder
 
 
@@ -155,7 +144,7 @@ def test_ranks_resume_what_ranks_began(cache_path, student_path, alone, several,
 @pytest.mark.parametrize("case", CASES)
 def test_every_kind_of_student_and_loss_under_two_ranks(request, several, tmp_path, case):
     """LoRA, packing and an encoder-decoder under FSDP2; KL and JSD of the teacher's own tokenizer under DDP."""
-    run_alone(of_case(request, case, tmp_path, 1))
+    assert main(of_case(request, case, tmp_path, 1)) == 0
     file = "adapter_model.safetensors" if case == "lora" else "model.safetensors"
     same(several[1] / case, tmp_path, file)
 
