@@ -8,12 +8,16 @@ One program per row of logits:
     histogram, bins   only for a sketch: read the row again, into a histogram of 1,024 steps; sum words and masses from
             the K-th value down to every rank edge
 
-The histogram counts in shared memory, by PTX of its own: 2.9 ms beyond the top-k of 8,192 rows of 151,936 words on an
-H100 (scripts/results/reduction.csv); an edition of two reads with `tl.histogram` of Triton 3.6 took 22.
+The histogram counts in shared memory, by PTX of its own. With the constant 1 as the addend it took 2.9 ms beyond the
+top-k of 4,096 rows of 151,936 words on an H100 (scripts/results/reduction.csv; `tl.histogram` of Triton 3.6: 22): the
+assembler made ATOMS.POPC.INC of it, and 35 clocks a warp are about one for each address in it. An addend that it does
+not know makes ATOMS.ADD, which serves 32 banks at a time; that is not yet measured.
 
 Import this module only where triton is installed. Legend: B rows, V words, G groups of words, K ranks, C candidates (a
 power of two above K), J tail bins, S steps of the histogram, W = 1 + K + J; GP, JP: rounded up to a power of two.
 """
+
+from functools import lru_cache
 
 import torch
 import triton
@@ -209,12 +213,12 @@ def _clear(step):
 
 
 @triton.jit
-def _count(step):
-    """One more word in each of these steps."""
+def _count(step, one):
+    """One more word in each of these steps; `one` is 1, which the assembler must not know."""
     tl.inline_asm_elementwise(
         "{ .reg .b32 place; mov.b32 place, histogram; mad.lo.u32 place, $1, 4, place;"
-        " red.shared.add.u32 [place], 1; mov.b32 $0, 0; }",
-        "=r,r", [step], dtype=tl.int32, is_pure=False, pack=1,
+        " red.shared.add.u32 [place], $2; mov.b32 $0, 0; }",
+        "=r,r,r", [step, one], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -226,9 +230,9 @@ def _counted(step):
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["one"])
 def histogram_kernel(
-    logits_BV, row_stride, kth_B, smallest_B, counts_BS, V, longest,
+    logits_BV, row_stride, kth_B, smallest_B, counts_BS, V, longest, one,
     S: tl.constexpr, TILE: tl.constexpr, ATOMICS: tl.constexpr,
 ):  # fmt: skip
     """How many words of a row lie how deep below its K-th value, in steps that widen as the square root of the depth.
@@ -249,7 +253,7 @@ def histogram_kernel(
         reached = tl.sqrt(tl.maximum((kth - values) * scale, 0.0)) * (S - 2)
         reached_step = tl.minimum(reached, S - 1.0).to(tl.int32)
         if ATOMICS:
-            _count(reached_step)
+            _count(reached_step, one)
         else:
             counts += tl.histogram(reached_step, S)
     if ATOMICS:
@@ -291,6 +295,12 @@ def bins_kernel(
     tl.store(values_BW + row * W + 1 + K + bin, reached, mask=bin < J)
 
 
+@lru_cache(maxsize=8)
+def _on_device(rank_edges: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Copied once: a copy from ordinary memory waits for everything that the device has yet to do."""
+    return torch.tensor(rank_edges, dtype=torch.int32, device=device)
+
+
 def reduce_rows_triton(
     logits_BV: torch.Tensor, target_B: torch.Tensor, k: int, rank_edges: tuple[int, ...] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -303,7 +313,8 @@ def reduce_rows_triton(
     new = logits_BV.new_empty
     values_BW, ids_BK = new((rows, width), dtype=torch.float32), new((rows, k), dtype=torch.int32)
     group_max_BG = new((rows, groups))
-    largest_B, log_sum_B, smallest_B, kth_B = new((4, rows), dtype=torch.float32)
+    # Each a tensor of its own: Triton compiles a kernel anew for pointers that are not multiples of 16 bytes.
+    largest_B, log_sum_B, smallest_B, kth_B = (new(rows, dtype=torch.float32) for _ in range(4))
     groups_BK, scratch_BS = new((rows, k), dtype=torch.int32), new((rows, candidates + k), dtype=torch.int32)
     bits = 8 * logits_BV.element_size()
     scan_kernel[(rows,)](
@@ -317,10 +328,10 @@ def reduce_rows_triton(
         num_warps=4,
     )  # fmt: skip
     if bins:
-        edges_J1 = torch.tensor(rank_edges, dtype=torch.int32, device=logits_BV.device)
+        edges_J1 = _on_device(rank_edges, logits_BV.device)
         counts_BS = new((rows, STEPS), dtype=torch.int32)
         histogram_kernel[(rows,)](
-            logits_BV, logits_BV.stride(0), kth_B, smallest_B, counts_BS, vocabulary, LONGEST_TAIL,
+            logits_BV, logits_BV.stride(0), kth_B, smallest_B, counts_BS, vocabulary, LONGEST_TAIL, 1,
             S=STEPS, TILE=8192, ATOMICS=logits_BV.is_cuda and torch.version.hip is None, num_warps=8,
         )  # fmt: skip
         bins_kernel[(rows,)](

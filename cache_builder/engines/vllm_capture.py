@@ -141,11 +141,13 @@ class Capture:
         return block // 128 * 128 or block
 
     def warm_up(self, runner: Any) -> None:
-        """Compile the kernels for these widths and the head's own dtype and strides, before the first batch waits."""
+        """One whole block, before the first batch waits: compiles the kernels for the head's own dtype and strides, and
+        takes the memory that every later block takes."""
         config = runner.model_config
-        hidden_ND = torch.zeros(2, config.get_hidden_size(), dtype=config.dtype, device=runner.device)
+        rows = self.block(runner.device.type)
+        hidden_ND = torch.zeros(rows, config.get_hidden_size(), dtype=config.dtype, device=runner.device)
         with torch.inference_mode():
-            self.rows(runner.model.compute_logits, hidden_ND, torch.zeros(2, dtype=torch.int64, device=runner.device))
+            self.rows(runner.model.compute_logits, hidden_ND, hidden_ND.new_zeros(rows, dtype=torch.int64))
 
     def rows(
         self, logits_fn: Callable[[torch.Tensor], torch.Tensor], hidden_ND: torch.Tensor, target_N: torch.Tensor

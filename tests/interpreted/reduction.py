@@ -9,6 +9,7 @@ import torch
 from naive_reduction import assert_rows_equal_a_full_sort
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cache_builder.engines import reduction_triton
 from cache_builder.engines.reduction import bytes_per_row
 from cache_builder.engines.reduction_triton import reduce_rows_triton
 from storage_specs.sketch import log_rank_edges
@@ -42,6 +43,30 @@ def test_without_bins_and_with_every_rank_kept():
 def test_rows_of_any_stride():
     check(normal(3, 3100, 3.0)[:, :3000], 16)
     check(normal(6, 3000, 3.0)[::2], 16)
+
+
+def test_every_kernel_is_compiled_once_whatever_the_number_of_rows(monkeypatch):
+    """Triton compiles a kernel anew where a pointer is a multiple of 16 bytes in one call and not in another."""
+    seen = {name: set() for name in vars(reduction_triton) if name.endswith("_kernel") and not name.startswith("_")}
+
+    class Watched:
+        def __init__(self, name):
+            self.name, self.kernel = name, getattr(reduction_triton, name)
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **constants):
+                seen[self.name].add(
+                    tuple(one.data_ptr() % 16 if isinstance(one, torch.Tensor) else one for one in arguments)
+                )
+                self.kernel[grid](*arguments, **constants)
+
+            return launch
+
+    for name in seen:
+        monkeypatch.setattr(reduction_triton, name, Watched(name))
+    for rows in range(1, 6):
+        check(normal(rows, 1024, 3.0), 16)
+    assert [len(calls) for calls in seen.values()] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("levels", [1, 2, 40])
