@@ -57,7 +57,7 @@ class BuildConfig:
     tail_bins: int | None = None
     documents_per_shard: int = 256
     kind: str = "auto"
-    split: str = "train"
+    split: str | None = None
     subset: str | None = None
     max_documents: int | None = None
     min_bytes: int = 0

@@ -21,7 +21,7 @@ FIELDS = ("messages", "prompt", "completion")
 
 
 def read_prompts(
-    corpus: str, *, split: str = "train", subset: str | None = None, max_documents: int | None = None
+    corpus: str, *, split: str | None = None, subset: str | None = None, max_documents: int | None = None
 ) -> list[Document]:
     """The prompts of a corpus, in its own order: documents without the message that the teacher will write.
 

@@ -32,7 +32,7 @@ def read_corpus(
     corpus: str,
     *,
     kind: str = "auto",
-    split: str = "train",
+    split: str | None = None,
     subset: str | None = None,
     max_documents: int | None = None,
     min_bytes: int = 0,

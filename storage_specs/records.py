@@ -30,27 +30,35 @@ class Record:
     fields: dict[str, Any]
 
 
-def read_records(corpus: str, split: str = "train", subset: str | None = None) -> Iterator[Record]:
+def read_records(corpus: str, split: str | None = None, subset: str | None = None) -> Iterator[Record]:
     """The records of a file, a folder (recursive, in sorted order), a saved `datasets` folder or a hub name.
 
-    Inside a folder, hidden names and other suffixes than `SUFFIXES` are passed over. `split` and `subset` choose inside
-    `datasets` sources. Raises CorpusError with the place.
+    Inside a folder, hidden names and other suffixes than `SUFFIXES` are passed over. `split` (train where None) and
+    `subset` choose inside `datasets` sources. Raises CorpusError with the place, and for a choice that the source has
+    not.
     """
     path = Path(corpus)
-    if path.is_dir():
-        if (path / "dataset_dict.json").is_file():
-            yield from _saved_splits(path, split)
-        elif (path / "state.json").is_file():
-            yield from _saved_dataset(path)
-        else:
-            for file in _files_below(path):
-                yield from _file(file)
+    if (path / "dataset_dict.json").is_file():
+        _refuse(corpus, "a saved dataset", subset=subset)
+        yield from _saved_splits(path, split or "train")
+    elif (path / "state.json").is_file():
+        _refuse(corpus, "one split of a saved dataset", split=split, subset=subset)
+        yield from _saved_dataset(path)
     elif path.exists():
-        yield from _file(path)
+        _refuse(corpus, "a folder of files" if path.is_dir() else "a file", split=split, subset=subset)
+        for file in _files_below(path) if path.is_dir() else [path]:
+            yield from _file(file)
     elif re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", corpus) and not corpus.endswith(SUFFIXES):
-        yield from _hub_dataset(corpus, split, subset)
+        yield from _hub_dataset(corpus, split or "train", subset)
     else:
         raise CorpusError(f"corpus {corpus}: no such file or folder")
+
+
+def _refuse(corpus: str, what: str, **choices: str | None) -> None:
+    """Raises CorpusError where something is chosen."""
+    chosen = " and ".join(f"--{name}" for name, value in choices.items() if value is not None)
+    if chosen:
+        raise CorpusError(f"corpus {corpus}: {what} has nothing for {chosen} to choose: leave it out")
 
 
 def _files_below(folder: Path) -> list[Path]:

@@ -95,6 +95,20 @@ def test_saved_datasets_folder_is_read_without_the_datasets_package(tmp_path: Pa
     assert documents(folder) == documents(tmp_path) == expected
     with pytest.raises(CorpusError, match="--split one of train"):
         documents(tmp_path, split="test")
+    with pytest.raises(CorpusError, match="one split of a saved dataset has nothing for --split to choose"):
+        documents(folder, split="train")
+    with pytest.raises(CorpusError, match="a saved dataset has nothing for --subset to choose"):
+        documents(tmp_path, subset="en")
+
+
+def test_a_choice_that_files_do_not_have_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "corpus.jsonl"
+    file.write_text('{"text": "one"}\n')
+    assert documents(file) == documents(tmp_path) == [text_document("one")]
+    with pytest.raises(CorpusError, match="a file has nothing for --split and --subset to choose: leave it out"):
+        documents(file, split="train", subset="en")
+    with pytest.raises(CorpusError, match="a folder of files has nothing for --split"):
+        documents(tmp_path, split="train")
 
 
 def test_hub_name_needs_datasets_and_goes_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
