@@ -4,40 +4,38 @@ Only the new documents are scored; the result is what `merge` makes of the old c
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from cache_builder.shard_worker import Recipe
+from storage_specs.document import Document
 from storage_specs.errors import CorpusError
 from storage_specs.merging import Source, common_config, joined_plans, take_over
 from storage_specs.plan import make_plan
 from storage_specs.planned_cache import PlannedCache
 
-if TYPE_CHECKING:
-    from cache_builder.preparation import Preparation
 
-
-def extended(prepared: "Preparation", old: str | os.PathLike[str], documents_per_shard: int) -> "Preparation":
-    """The preparation of a build that extends the cache at `old`. Documents that it holds, by doc_id, fall away.
+def extended(
+    recipe: Recipe, documents: Sequence[Document], old: str | os.PathLike[str], documents_per_shard: int
+) -> tuple[Recipe, list[Document], Source]:
+    """Recipe, documents to be scored and base of a build that extends the cache at `old`. Documents that it holds, by
+    doc_id, fall away.
 
     Raises CacheMismatchError (the cache was built with other settings), CorpusError (nothing is left to add), and what
     `open_cache` raises.
     """
-    base, recipe = Source.at(old), prepared.recipe
+    base = Source.at(old)
     known = set(base.plan.doc_ids)
-    documents = [document for document in prepared.documents if document.doc_id not in known]
+    documents = [document for document in documents if document.doc_id not in known]
     if not documents:
         raise CorpusError(f"every document of the corpus is in {old} already: there is nothing to add")
     common = common_config([(str(old), base.config), ("this build", recipe.settings.config)])
-    return replace(
-        prepared,
-        documents=documents,
-        base=base,
-        recipe=replace(
-            recipe,
-            settings=replace(recipe.settings, chat_template=common["chat_template"]),
-            plan=joined_plans([base.plan, make_plan(documents, documents_per_shard)]),
-        ),
+    recipe = replace(
+        recipe,
+        settings=replace(recipe.settings, chat_template=common["chat_template"]),
+        plan=joined_plans([base.plan, make_plan(documents, documents_per_shard)]),
     )
+    return recipe, documents, base
 
 
 def take_over_base(writer: PlannedCache, base: Source, missing: list[int]) -> list[int]:

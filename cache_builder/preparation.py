@@ -81,8 +81,10 @@ def prepare(config: BuildConfig) -> Preparation:
         self_check=config.self_check,
         replicas=config.data_parallel_size,
     )
-    prepared = Preparation(documents=documents, engine=engine, recipe=recipe)
-    return prepared if config.extend is None else extended(prepared, config.extend, config.documents_per_shard)
+    base = None
+    if config.extend is not None:
+        recipe, documents, base = extended(recipe, documents, config.extend, config.documents_per_shard)
+    return Preparation(documents=documents, engine=engine, recipe=recipe, base=base)
 
 
 def _documents(config: BuildConfig) -> list[Document]:

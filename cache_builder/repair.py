@@ -19,7 +19,7 @@ from storage_specs.errors import CacheMismatchError, CorpusError, MalformedObjec
 from storage_specs.lease import lease
 from storage_specs.manifest import Manifest
 from storage_specs.merging import common_config
-from storage_specs.objects import open_objects
+from storage_specs.object_roots import open_objects
 from storage_specs.plan import config_differences, plan_to_bytes
 from storage_specs.repairing import commit_revision, lost_documents, restore
 from storage_specs.revisions import newest_record

@@ -15,7 +15,7 @@ import numpy as np
 
 from cache_builder.completions import completed
 from cache_builder.encoders import ShardEncoders, encoder_count
-from cache_builder.engines import gpu_count, make_engine
+from cache_builder.engines import gpu_count, make_engine, make_generator
 from cache_builder.engines.base import EngineConfig
 from cache_builder.engines.generating import Generation, Generator, Prompt
 from cache_builder.engines.interface import Engine
@@ -183,7 +183,7 @@ class ShardWorker:
 
     @cached_property
     def generator(self) -> Generator:
-        return self.engine.generator(self.recipe.sampling, self.words)
+        return make_generator(self.recipe.engine, self.engine, self.recipe.sampling, self.words)
 
     def prompt(self, document: Document, sample: int) -> Prompt:
         """What an engine is asked for. Raises ConfigError where nothing can follow so long a prompt."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from storage_specs.errors import ConfigError
-from storage_specs.objects import is_url
+from storage_specs.object_roots import is_url
 from storage_specs.reader import DECODED_SHARDS_KEPT, Cache, open_cache
 
 ROWS_AT_MOST = 2_000_000  # of a large cache, its first shards

@@ -39,6 +39,7 @@ from bench_capture import BINS, engine_argument
 from result_table import ResultTable, markdown, read_rows
 
 from cache_builder.encoders import ShardEncoders, encoder_count
+from cache_builder.engines import make_generator
 from cache_builder.engines.base import EngineConfig
 from cache_builder.engines.generating import Prompt
 from cache_builder.engines.vllm import VllmEngine
@@ -253,7 +254,7 @@ class Bench:
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
     def rows(self, prompts: list[Prompt], kept: bool) -> int:
-        generator = self.engine.generator(self.sampling, [])
+        generator = make_generator("vllm", self.engine, self.sampling, [])
         generator.kept, generator.seeds = kept, False
         return sum(len(generation.ids) for generation in generator.generate(iter(prompts)))
 

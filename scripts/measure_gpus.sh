@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Refresh what scripts/results says of GPUs, as far as the time goes; what was not reached is said and left as it is.
 #   bash scripts/measure_gpus.sh SECONDS [RESULTS [proof.py's flags]]
-# GPU 0 measures the engine (tests/gpu, bench_capture.py, bench_generate.py), then joins the other GPUs, which measure
-# cells of proof.py, many at a time by NVIDIA's multi-process service where it works.
-#   MEASURE   of "tests k256 1.7b generate long_tail 8b" (all)
+# GPU 0 measures the engine (tests/gpu, bench_reduction.py, bench_capture.py, bench_generate.py), then joins the other
+# GPUs, which measure cells of proof.py, many at a time by NVIDIA's multi-process service where it works.
+#   MEASURE   of "tests reduction k256 1.7b generate long_tail 8b" (all)
 #   WORKERS   of the proof on each GPU (10: each takes up to 10 GB of it)
 #   WORK      models and caches of the proof (runs/proof)     LOGS   (runs/logs)
 # Needs torch, vLLM and what pyproject.toml names under `student` and `eval`; TEACH_ONCE_PIECES where there is no
@@ -29,10 +29,11 @@ engine() { # its processes are forked: what they import was imported before
   local capture="python3 bench_capture.py --output $results/capture.csv --documents-per-shard 4 --routes prefill,disk,sketch-disk"
   local generate="python3 bench_generate.py --results $results/generate.csv --arms plain,ours --repeats 2"
   local no_graphs='compilation_config={"cudagraph_mode":"NONE"}'
-  for one in ${MEASURE-tests k256 1.7b generate long_tail 8b}; do case $one in
+  for one in ${MEASURE-tests reduction k256 1.7b generate long_tail 8b}; do case $one in
     8b) step 8b 200 $capture --k 64 128 --prompts 384 --engine "$no_graphs" ;;
     1.7b) step 1.7b 180 $capture --shape qwen3-1.7b --prompts 1280 --repeats 3 --engine "$no_graphs" ;;
-    k256) step k256 60 $capture --shape qwen3-1.7b --vocabulary 262144 --k 256 --prompts 128 --repeats 1 --engine enforce_eager ;;
+    reduction) step reduction 40 python3 bench_reduction.py --k 64 256 --output "$results/reduction.csv" ;;
+    k256) step k256 90 $capture --routes prefill,rows,disk,sketch-disk --shape qwen3-1.7b --vocabulary 262144 --k 256 --prompts 128 --repeats 1 --engine enforce_eager ;;
     generate) step generate 220 $generate --prompts 3072 --max_tokens 288 ;;
     long_tail) step long_tail 220 $generate --prompts 6144 --max_tokens 1024 --lengths long_tail ;;
     tests) step tests 60 env -u VLLM_WORKER_MULTIPROC_METHOD PYTHON=python3 bash test_gpu.sh ;;

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "storage_specs"))
 from faulty_proxy import FaultyProxy
 from objects_contract import check_cache, check_objects
 
-from storage_specs.objects import open_objects
+from storage_specs.object_roots import open_objects
 
 ACCOUNT, CONTAINER = "account", "caches"
 

@@ -36,6 +36,7 @@ import torch
 import transformers
 from result_table import ResultTable
 
+from cache_builder.engines import make_generator
 from cache_builder.engines.base import EngineConfig, WindowScores
 from cache_builder.engines.generating import Prompt
 from cache_builder.engines.vllm import VllmEngine
@@ -83,7 +84,7 @@ def run_case(name: str, folder: Path) -> dict[str, Any]:
     prompts = [generator.integers(0, VOCABULARY, length) for length in LENGTHS]
     if name == "preempted_generation":
         asked = [Prompt(ids=ids, text="", turns=None, seed=0, max_tokens=50) for ids in prompts]
-        made = engine.generator(Sampling(max_tokens=50), []).generate(iter(asked))
+        made = make_generator("vllm", engine, Sampling(max_tokens=50), []).generate(iter(asked))
         scored = [
             (np.concatenate([ids, answer.ids]), len(ids) - 1, answer.scores)
             for ids, answer in zip(prompts, made, strict=True)

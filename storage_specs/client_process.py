@@ -1,9 +1,8 @@
 """An object store's client in a process of its own: for forked children, in which the parent's client is dead.
 
-    python -m storage_specs.client_process URL        answers calls on stdin until it ends; started by ClientProcess
-
 obstore's threads live in Rust, once per process, and do not survive a fork: in the child every call would wait for
-ever. So there the work is handed to a fresh interpreter. Spawned processes and threads need none of this.
+ever. So there the work is handed to a fresh interpreter (`client_process_main`). Spawned processes and threads need
+none of this.
 """
 
 import functools
@@ -13,7 +12,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,7 +50,7 @@ class ClientProcess:
         self._lock = threading.Lock()
         home = str(Path(__file__).parents[1])
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "storage_specs.client_process", url],
+            [sys.executable, "-m", "storage_specs.client_process_main", url],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))},
@@ -62,7 +61,7 @@ class ClientProcess:
         """What the method returns there. Raises what it raises there, StoreUnavailableError if the process died."""
         try:
             with self._lock:
-                _send(self._process.stdin, (method, arguments))
+                send(self._process.stdin, (method, arguments))
                 done, answer = pickle.load(self._process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
             raise StoreUnavailableError(
@@ -79,30 +78,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     process.stdout.close()
 
 
-def _send(pipe: IO[bytes], message: Any) -> None:
+def send(pipe: IO[bytes], message: Any) -> None:
     """Pickle: both ends are this program, and nothing else holds the pipe."""
     pickle.dump(message, pipe, pickle.HIGHEST_PROTOCOL)
     pipe.flush()
-
-
-def _serve(url: str, calls: IO[bytes], answers: IO[bytes]) -> None:
-    from storage_specs.objects import open_objects
-
-    objects = open_objects(url)
-    while True:
-        try:
-            method, arguments = pickle.load(calls)
-        except EOFError:
-            return
-        try:
-            answer = getattr(objects, method)(*arguments)
-            reply = True, list(answer) if isinstance(answer, Iterator) else answer
-        except Exception as error:
-            reply = False, error
-        _send(answers, reply)
-
-
-if __name__ == "__main__":
-    pipe = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever is printed goes elsewhere
-    _serve(sys.argv[1], sys.stdin.buffer, pipe)

@@ -13,9 +13,10 @@ from storage_specs.lease import lease
 from storage_specs.manifest import Manifest
 from storage_specs.merging import Source
 from storage_specs.planned_cache import PlannedCache
+from storage_specs.shard_names import stem_of
 from storage_specs.shard_record import described
 from storage_specs.stored_shard import Selection
-from storage_specs.stores import STORES, shard_store, stem_of
+from storage_specs.stores import STORES, shard_store
 
 
 def convert_cache(

@@ -13,7 +13,8 @@ from storage_specs import plan, shard_table
 from storage_specs.errors import CacheMismatchError, CorruptCacheError, OutputFolderError
 from storage_specs.lease import lease
 from storage_specs.manifest import Manifest, read_manifest
-from storage_specs.objects import Objects, open_objects
+from storage_specs.object_roots import open_objects
+from storage_specs.objects import Objects
 from storage_specs.shard_table import ShardTable
 from storage_specs.stored_object import StoredObject
 

@@ -17,7 +17,8 @@ from storage_specs.errors import CorruptCacheError, MalformedObjectError, SpecVe
 from storage_specs.finalization import verified_records
 from storage_specs.generated import generation_record
 from storage_specs.manifest import Manifest
-from storage_specs.objects import Objects, open_objects
+from storage_specs.object_roots import open_objects
+from storage_specs.objects import Objects
 from storage_specs.plan import Plan, plan_from_bytes, plan_to_bytes
 from storage_specs.revisions import newest_record, record_revisions
 from storage_specs.sealed_json import SPEC_VERSION

@@ -18,7 +18,8 @@ from storage_specs.errors import (
 )
 from storage_specs.l1_errors import L1Errors
 from storage_specs.manifest import Manifest
-from storage_specs.objects import Objects, open_objects
+from storage_specs.object_roots import open_objects
+from storage_specs.objects import Objects
 from storage_specs.revisions import newest_record, record_revisions, replaced_by
 from storage_specs.sealed_json import digest_of
 from storage_specs.shard_record import ShardRecord

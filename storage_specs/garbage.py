@@ -15,7 +15,8 @@ from storage_specs import plan as plan_json
 from storage_specs import shard_table, vocabulary_table
 from storage_specs.errors import ConfigError, CorruptCacheError, IncompleteCacheError
 from storage_specs.lease import lease
-from storage_specs.objects import Objects, open_objects
+from storage_specs.object_roots import open_objects
+from storage_specs.objects import Objects
 from storage_specs.revisions import record_revisions
 from storage_specs.shard_record import read_record, record_name
 

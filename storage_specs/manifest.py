@@ -12,9 +12,10 @@ from storage_specs.drift import drift_problem
 from storage_specs.errors import ConfigError, IncompleteCacheError, MalformedObjectError, NotACacheError
 from storage_specs.objects import Objects
 from storage_specs.sealed_json import seal, unseal
+from storage_specs.shard_names import revision_mark
 from storage_specs.shard_record import record_name
 from storage_specs.stored_object import REMEDY, StoredObject, remedy_at
-from storage_specs.stores import STORES, revision_mark
+from storage_specs.stores import STORES
 
 NAME = "manifest.json"
 MAX_BYTES = 1_000_000

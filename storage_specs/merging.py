@@ -13,13 +13,14 @@ from storage_specs import plan as plan_json
 from storage_specs.errors import CacheMismatchError, ConfigError
 from storage_specs.lease import lease
 from storage_specs.manifest import Manifest
-from storage_specs.objects import Objects, open_objects
+from storage_specs.object_roots import open_objects
+from storage_specs.objects import Objects
 from storage_specs.plan import Plan, config_differences
 from storage_specs.planned_cache import PlannedCache
 from storage_specs.reader import Cache, open_cache
+from storage_specs.shard_names import stem_of
 from storage_specs.shard_record import ShardRecord
 from storage_specs.stored_object import remedy_at
-from storage_specs.stores import stem_of
 
 
 @dataclass(frozen=True, kw_only=True)

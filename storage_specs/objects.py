@@ -1,26 +1,20 @@
 """Objects: named byte strings under one root, written atomically and never read unverified.
 
 Names are relative, with `/` between parts. A root is a local folder or the URL of one in an object store
-(`open_objects`). All reading, writing and checking of a cache's bytes happens through this interface.
+(`object_roots.open_objects`). All reading, writing and checking of a cache's bytes happens through this interface.
 """
 
 import math
-import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from storage_specs.errors import ConfigError, MalformedObjectError, MissingObjectError, SizeMismatchError
+from storage_specs.errors import MalformedObjectError, MissingObjectError, SizeMismatchError
 from storage_specs.stored_object import StoredObject, remedy_at
 
 ByteRange = tuple[str, int, int]  # of an object: its name, offset, size
-OBJECT_STORES = ("s3", "gs", "az")  # read and written, through obstore
-HUB = "hf"  # read only
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_MANGLED = re.compile(rf"({'|'.join((*OBJECT_STORES, HUB))}):/[^/]")  # what pathlib makes of a URL
 
 
 class Objects(ABC):
@@ -143,33 +137,3 @@ class Objects(ABC):
         Raises what `fetch` raises for the first object, in the order of `wanted`, that is not what was written.
         """
         return {stored.name: self.fetch(stored) for stored in wanted}
-
-
-def is_url(place: str | os.PathLike[str]) -> bool:
-    """Whether a place is a URL, not a path of this machine."""
-    return _SCHEME.match(os.fspath(place)) is not None
-
-
-def open_objects(place: str | os.PathLike[str]) -> Objects:
-    """The objects under a local folder, or under an s3://, gs://, az:// or hf:// URL. Nothing is looked at yet.
-
-    Raises ConfigError: a scheme that is none of these, or a package that is not installed.
-    """
-    text = os.fspath(place)
-    scheme = _SCHEME.match(text)
-    if scheme is None:
-        if _MANGLED.match(text):
-            raise ConfigError(f"{text}: a URL that went through pathlib.Path: pass it as a str, with both slashes")
-        from storage_specs.local_objects import LocalObjects
-
-        return LocalObjects(place)
-    if scheme[1] == HUB:
-        from storage_specs.hub_objects import HubObjects
-
-        return HubObjects(text)
-    if scheme[1] in OBJECT_STORES:
-        from storage_specs.remote_objects import RemoteObjects
-
-        return RemoteObjects(text)
-    known = ", ".join(f"{name}://" for name in (*OBJECT_STORES, HUB))
-    raise ConfigError(f"{text}: {scheme[1]}:// is none of {known}; local folders are written without a scheme")

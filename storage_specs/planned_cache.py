@@ -24,7 +24,8 @@ from storage_specs.finalization import commit, finished_manifest
 from storage_specs.lease import commit_turn
 from storage_specs.local_objects import writing
 from storage_specs.manifest import Manifest
-from storage_specs.objects import Objects, open_objects
+from storage_specs.object_roots import open_objects
+from storage_specs.objects import Objects
 from storage_specs.plan import Plan, differences, plan_from_bytes, plan_to_bytes
 from storage_specs.revisions import newest_record, record_revisions
 from storage_specs.sealed_json import digest_of

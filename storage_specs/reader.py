@@ -16,7 +16,8 @@ from storage_specs.columns import Columns
 from storage_specs.document import CachedDocument, Document
 from storage_specs.errors import ConfigError, CorpusError, MalformedObjectError
 from storage_specs.manifest import Manifest, read_manifest
-from storage_specs.objects import Objects, is_url, open_objects
+from storage_specs.object_roots import is_url, open_objects
+from storage_specs.objects import Objects
 from storage_specs.shard_reading import WRITTEN_WRONGLY, ShardReader
 from storage_specs.shard_table import ShardTable
 from storage_specs.textless import CorpusTexts, restored

@@ -10,8 +10,8 @@ from storage_specs.l1_errors import L1Errors
 from storage_specs.objects import Objects
 from storage_specs.sealed_json import seal, unseal
 from storage_specs.shard_bytes import EncodedObject, Parts
+from storage_specs.shard_names import stem_of
 from storage_specs.stored_object import REMEDY, StoredObject, remedy_at
-from storage_specs.stores import stem_of
 
 MAX_BYTES = 1 << 26  # some 700,000 documents
 

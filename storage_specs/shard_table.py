@@ -17,10 +17,10 @@ from storage_specs.document import canonical_json, is_held_out
 from storage_specs.errors import CorruptCacheError, MalformedObjectError
 from storage_specs.l1_errors import L1Errors
 from storage_specs.parquet import table_from_bytes, table_to_bytes
+from storage_specs.shard_names import revision_mark, stem_of
 from storage_specs.shard_record import ShardRecord
 from storage_specs.stored_object import REMEDY, StoredObject
 from storage_specs.stored_shard import Selection, ShardSize
-from storage_specs.stores import revision_mark, stem_of
 from storage_specs.strict_json import strict_json
 
 if TYPE_CHECKING:

@@ -1,13 +1,11 @@
 """The one interface of a shard's bytes: a stored shard <-> {object name: bytes}, by the store's name."""
 
 import importlib
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from storage_specs.shard_bytes import EncodedObject, ShardBytes
+from storage_specs.shard_record import ShardRecord
 from storage_specs.stored_shard import Selection, ShardArrays, ShardSize, StoredShard
-
-if TYPE_CHECKING:
-    from storage_specs.shard_record import ShardRecord
 
 STORES = {"zarr": "storage_specs.zarr_store", "arrow": "storage_specs.arrow_store"}
 
@@ -30,7 +28,7 @@ class ShardStore(Protocol):
         """The columns that an object of a shard holds; none for what belongs to all of them."""
 
     def likely_chunks(
-        self, name: str, stem: str, wanted: ShardArrays, record: "ShardRecord", selection: Selection
+        self, name: str, stem: str, wanted: ShardArrays, record: ShardRecord, selection: Selection
     ) -> range:
         """Which parts of an object of several parts, the last of which is its index, hold the selected documents.
 
@@ -41,13 +39,3 @@ class ShardStore(Protocol):
 def shard_store(name: str) -> ShardStore:
     """The store of that name, a key of STORES."""
     return importlib.import_module(STORES[name])
-
-
-def stem_of(shard: int, revision: int = 0) -> str:
-    """What the names of all objects of a shard start with; a repaired shard has names of its own."""
-    return f"shards/{shard:06d}{revision_mark(revision)}"
-
-
-def revision_mark(revision: int) -> str:
-    """What the n-th repair of a cache puts into the names of what it writes; nothing in a cache as it was built."""
-    return f".r{revision}" if revision else ""

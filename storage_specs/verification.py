@@ -11,7 +11,8 @@ from storage_specs.document import is_held_out
 from storage_specs.errors import CorruptCacheError
 from storage_specs.finalization import codec_facts, counts_of, generation_of
 from storage_specs.generated import generation_record
-from storage_specs.objects import Objects, open_objects
+from storage_specs.object_roots import open_objects
+from storage_specs.objects import Objects
 from storage_specs.reader import Cache, open_cache
 from storage_specs.sealed_json import digest_of
 from storage_specs.shard_record import ShardRecord

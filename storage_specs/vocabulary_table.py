@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from storage_specs.document import canonical_json
 from storage_specs.parquet import table_from_bytes, table_to_bytes
-from storage_specs.stores import revision_mark
+from storage_specs.shard_names import revision_mark
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -15,8 +15,9 @@ from storage_specs.l1_errors import L1Errors
 from storage_specs.plan import Plan
 from storage_specs.planned_cache import PlannedCache
 from storage_specs.settings import CacheSettings
+from storage_specs.shard_names import stem_of
 from storage_specs.shard_record import MAX_BYTES, ShardRecord, described
-from storage_specs.stores import shard_store, stem_of
+from storage_specs.stores import shard_store
 from storage_specs.textless import stripped
 from storage_specs.vocabulary_table import vocabulary_to_bytes
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from faulty_proxy import FaultyProxy
 
-from storage_specs.objects import open_objects
+from storage_specs.object_roots import open_objects
 
 
 class S3(NamedTuple):

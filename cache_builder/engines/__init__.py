@@ -3,7 +3,9 @@
 from importlib.util import find_spec
 
 from cache_builder.engines.base import EngineConfig
+from cache_builder.engines.generating import Generator
 from cache_builder.engines.interface import Engine
+from cache_builder.sampling import Sampling
 from storage_specs.errors import ConfigError
 
 ENGINES = ("transformers", "vllm", "server")
@@ -31,6 +33,22 @@ def make_engine(name: str, config: EngineConfig) -> Engine:
     from cache_builder.engines.transformers import TransformersEngine
 
     return TransformersEngine(config)
+
+
+def make_generator(name: str, engine: Engine, sampling: Sampling, words: list[bytes | None]) -> Generator:
+    """What writes completions with the engine of that name. words: the bytes of every id, in which stop strings are
+    looked for; an endpoint needs none."""
+    if name == "vllm":
+        from cache_builder.engines.vllm_generate import VllmGenerator
+
+        return VllmGenerator(engine, sampling, words)
+    if name == "server":
+        from cache_builder.engines.server_generate import ServerGenerator
+
+        return ServerGenerator(engine, sampling)
+    from cache_builder.engines.transformers_generate import TransformersGenerator
+
+    return TransformersGenerator(engine, sampling, words)
 
 
 def gpu_count() -> int:

@@ -1,11 +1,9 @@
-"""What the builder asks of an engine: rows of windows, and something that writes completions."""
+"""What the builder asks of an engine: rows of windows. What writes completions with it is `generating`'s."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from cache_builder.engines.base import EngineConfig, WindowScores
-from cache_builder.engines.generating import Generator
-from cache_builder.sampling import Sampling
 from storage_specs.windows import Window
 
 
@@ -20,9 +18,6 @@ class Engine(Protocol):
     def score(self, windows: Iterable[Window]) -> Iterator[WindowScores]:
         """One WindowScores per window, in order. Uses `ids`, `logits_index` and `target_ids` only; may take windows
         ahead of what it has given. Raises EngineError, DeviceMemoryError."""
-
-    def generator(self, sampling: Sampling, words: list[bytes | None]) -> Generator:
-        """Writes completions with this engine. words: the bytes of every id, in which stop strings are looked for."""
 
     def close(self) -> None:
         """Give back processes and memory; the next `score` loads again."""

@@ -8,10 +8,8 @@ One program per row of logits:
     histogram, bins   only for a sketch: read the row again, into a histogram of 1,024 steps; sum words and masses from
             the K-th value down to every rank edge
 
-The histogram counts in shared memory, by PTX of its own. With the constant 1 as the addend it took 2.9 ms beyond the
-top-k of 4,096 rows of 151,936 words on an H100 (scripts/results/reduction.csv; `tl.histogram` of Triton 3.6: 22): the
-assembler made ATOMS.POPC.INC of it, and 35 clocks a warp are about one for each address in it. An addend that it does
-not know makes ATOMS.ADD, which serves 32 banks at a time; that is not yet measured.
+The histogram counts in shared memory, by PTX of its own: 2.9 ms beyond the top-k of 8,192 rows of 151,936 words on an
+H100 (scripts/results/reduction.csv); an edition of two reads with `tl.histogram` of Triton 3.6 took 22.
 
 Import this module only where triton is installed. Legend: B rows, V words, G groups of words, K ranks, C candidates (a
 power of two above K), J tail bins, S steps of the histogram, W = 1 + K + J; GP, JP: rounded up to a power of two.
@@ -23,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cache_builder.engines.reduction import HISTOGRAM_STEPS, group_size
+from cache_builder.engines.reduction_memory import HISTOGRAM_STEPS, group_size
 
 # ruff: noqa: SIM108 (the compiler wants statements, not expressions)
 
@@ -213,12 +211,12 @@ def _clear(step):
 
 
 @triton.jit
-def _count(step, one):
-    """One more word in each of these steps; `one` is 1, which the assembler must not know."""
+def _count(step):
+    """One more word in each of these steps."""
     tl.inline_asm_elementwise(
         "{ .reg .b32 place; mov.b32 place, histogram; mad.lo.u32 place, $1, 4, place;"
-        " red.shared.add.u32 [place], $2; mov.b32 $0, 0; }",
-        "=r,r,r", [step, one], dtype=tl.int32, is_pure=False, pack=1,
+        " red.shared.add.u32 [place], 1; mov.b32 $0, 0; }",
+        "=r,r", [step], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -230,9 +228,9 @@ def _counted(step):
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["one"])
+@triton.jit
 def histogram_kernel(
-    logits_BV, row_stride, kth_B, smallest_B, counts_BS, V, longest, one,
+    logits_BV, row_stride, kth_B, smallest_B, counts_BS, V, longest,
     S: tl.constexpr, TILE: tl.constexpr, ATOMICS: tl.constexpr,
 ):  # fmt: skip
     """How many words of a row lie how deep below its K-th value, in steps that widen as the square root of the depth.
@@ -253,7 +251,7 @@ def histogram_kernel(
         reached = tl.sqrt(tl.maximum((kth - values) * scale, 0.0)) * (S - 2)
         reached_step = tl.minimum(reached, S - 1.0).to(tl.int32)
         if ATOMICS:
-            _count(reached_step, one)
+            _count(reached_step)
         else:
             counts += tl.histogram(reached_step, S)
     if ATOMICS:
@@ -331,7 +329,7 @@ def reduce_rows_triton(
         edges_J1 = _on_device(rank_edges, logits_BV.device)
         counts_BS = new((rows, STEPS), dtype=torch.int32)
         histogram_kernel[(rows,)](
-            logits_BV, logits_BV.stride(0), kth_B, smallest_B, counts_BS, vocabulary, LONGEST_TAIL, 1,
+            logits_BV, logits_BV.stride(0), kth_B, smallest_B, counts_BS, vocabulary, LONGEST_TAIL,
             S=STEPS, TILE=8192, ATOMICS=logits_BV.is_cuda and torch.version.hip is None, num_warps=8,
         )  # fmt: skip
         bins_kernel[(rows,)](

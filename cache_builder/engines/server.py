@@ -14,9 +14,7 @@ from typing import Any
 import numpy as np
 
 from cache_builder.engines.base import EngineConfig, WindowScores, check_window, window_scores
-from cache_builder.engines.generating import Generator
 from cache_builder.engines.http_client import HttpClient
-from cache_builder.sampling import Sampling
 from storage_specs.errors import EngineError
 from storage_specs.windows import Window
 
@@ -52,11 +50,6 @@ class ServerEngine:
 
     def score(self, windows: Iterable[Window]) -> Iterator[WindowScores]:
         return self.answers(windows, self._score)
-
-    def generator(self, sampling: Sampling, words: list[bytes | None]) -> Generator:
-        from cache_builder.engines.server_generate import ServerGenerator
-
-        return ServerGenerator(self, sampling)
 
     def close(self) -> None:
         self.client.close()

@@ -15,9 +15,7 @@ import transformers
 from safetensors import SafetensorError
 
 from cache_builder.engines.base import EngineConfig, WindowScores, check_window, window_scores
-from cache_builder.engines.generating import Generator
 from cache_builder.engines.reduction import tail_masses, top_k
-from cache_builder.sampling import Sampling
 from storage_specs.device_memory import memory_for
 from storage_specs.errors import ConfigError, EngineError
 from storage_specs.windows import Window
@@ -83,11 +81,6 @@ class TransformersEngine:
             bins = [] if edges is None else [tail_masses(logits_BV - norm_B1, edges)]
             blocks.append((gold_B, values_BK - norm_B1, ids_BK, *bins))
         return window_scores(*(torch.cat(parts).cpu().numpy() for parts in zip(*blocks, strict=True)))
-
-    def generator(self, sampling: Sampling, words: list[bytes | None]) -> Generator:
-        from cache_builder.engines.transformers_generate import TransformersGenerator
-
-        return TransformersGenerator(self, sampling, words)
 
     def close(self) -> None:
         self._model = None

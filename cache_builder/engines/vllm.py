@@ -19,10 +19,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from cache_builder.engines.base import EngineConfig, WindowScores, check_window, ordered_scores, window_scores
-from cache_builder.engines.generating import Generator
 from cache_builder.engines.vllm_capture import EXTENSION, keep_arrays, version_problem
 from cache_builder.engines.vllm_failures import failure
-from cache_builder.sampling import Sampling
 from storage_specs.errors import ConfigError, EngineError
 from storage_specs.windows import Window
 
@@ -136,11 +134,6 @@ class VllmEngine:
         finally:
             if self._llm is not None and self.flat_reason is None:
                 self.start_capture()
-
-    def generator(self, sampling: Sampling, words: list[bytes | None]) -> Generator:
-        from cache_builder.engines.vllm_generate import VllmGenerator
-
-        return VllmGenerator(self, sampling, words)
 
     def close(self) -> None:
         """Stop vLLM's processes and free what they hold."""

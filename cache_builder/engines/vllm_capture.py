@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cache_builder.engines.reduction import bytes_per_row, reduce_rows
+from cache_builder.engines.reduction import reduce_rows
+from cache_builder.engines.reduction_memory import bytes_per_row
 from cache_builder.engines.vllm_sampled import Chunk, SampledRows, hook_sampler, release_sampler
 
 KNOWN_VERSIONS = ((0, 26), (0, 32))

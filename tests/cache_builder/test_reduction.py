@@ -14,7 +14,8 @@ import torch
 from naive_reduction import assert_rows_equal_a_full_sort
 
 from cache_builder.engines.base import EngineConfig, ordered_scores
-from cache_builder.engines.reduction import bytes_per_row, reduce_rows, top_k
+from cache_builder.engines.reduction import reduce_rows, top_k
+from cache_builder.engines.reduction_memory import bytes_per_row
 from cache_builder.engines.vllm_capture import BLOCK_BYTES, Capture
 from storage_specs.errors import ConfigError
 from storage_specs.sketch import log_rank_edges

@@ -15,7 +15,7 @@ from vllm_windows import window_of
 
 from cache_builder.build_config import BuildConfig
 from cache_builder.builder import build
-from cache_builder.engines import http_client
+from cache_builder.engines import http_client, make_generator
 from cache_builder.engines.base import EngineConfig
 from cache_builder.engines.generating import Prompt
 from cache_builder.engines.http_client import HttpClient, backoff, retry_after
@@ -328,7 +328,7 @@ def test_answers_laid_out_otherwise_are_refused(
     monkeypatch.setattr(engine.client, "post", lambda path, body: answer)
     prompt = Prompt(ids=np.arange(3), text="Hi", turns=[{"role": "user", "content": "Hi"}], seed=0, max_tokens=9)
     with pytest.raises(EngineError) as caught:
-        list(engine.generator(Sampling(), []).generate([prompt]))
+        list(make_generator("server", engine, Sampling(), []).generate([prompt]))
     assert KEY not in str(caught.value)
     engine.close()
 

@@ -45,7 +45,7 @@ REFUSED = {
 # once by the public way, which knows no tail bins, once with the rows that the worker keeps.
 CHILD = """
 import dataclasses, pickle, sys
-from cache_builder.engines import make_engine
+from cache_builder.engines import make_engine, make_generator
 from cache_builder.main import main
 from storage_specs.errors import ConfigError
 if __name__ == "__main__":
@@ -65,7 +65,7 @@ if __name__ == "__main__":
             for kept in (False, True):
                 engine.config = config if kept else dataclasses.replace(config, rank_edges=None)
                 for sampling, prompts in cases:
-                    generator = engine.generator(sampling, words)
+                    generator = make_generator("vllm", engine, sampling, words)
                     generator.kept = kept
                     made.append(list(generator.generate(iter(prompts))))
         engine.close()

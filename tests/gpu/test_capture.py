@@ -65,7 +65,7 @@ def test_memory_is_bounded_at_the_largest_vocabulary() -> None:
 
 ENGINE = """
 import pickle, sys
-from cache_builder.engines import gpu_count
+from cache_builder.engines import gpu_count, make_generator
 from cache_builder.engines.vllm import VllmEngine
 if __name__ == "__main__":
     assert gpu_count()  # as a build does before: a process forked after this could not use CUDA
@@ -74,7 +74,7 @@ if __name__ == "__main__":
     rows, flat = list(engine.score(iter(windows))), list(engine.score_flat(windows))
     made, kept = [], []
     for sampling, prompts in cases:
-        generator = engine.generator(sampling, [])
+        generator = make_generator("vllm", engine, sampling, [])
         made.append(list(generator.generate(iter(prompts))))
         kept.append(generator.kept)
     open(sys.argv[2], "wb").write(pickle.dumps((engine.flat_reason, rows, flat, kept, made)))

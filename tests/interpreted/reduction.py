@@ -10,7 +10,7 @@ from naive_reduction import assert_rows_equal_a_full_sort
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cache_builder.engines import reduction_triton
-from cache_builder.engines.reduction import bytes_per_row
+from cache_builder.engines.reduction_memory import bytes_per_row
 from cache_builder.engines.reduction_triton import reduce_rows_triton
 from storage_specs.sketch import log_rank_edges
 

@@ -11,7 +11,8 @@ from storage_specs.diagnosis import diagnose
 from storage_specs.errors import ChecksumMismatchError, MissingObjectError, SizeMismatchError
 from storage_specs.garbage import collect_garbage
 from storage_specs.merging import merge_caches
-from storage_specs.objects import Objects, open_objects
+from storage_specs.object_roots import open_objects
+from storage_specs.objects import Objects
 from storage_specs.repairing import restore
 from storage_specs.stored_object import StoredObject
 

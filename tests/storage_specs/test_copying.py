@@ -16,7 +16,7 @@ from storage_specs.errors import (
     OutputFolderError,
     StoreUnavailableError,
 )
-from storage_specs.objects import open_objects
+from storage_specs.object_roots import open_objects
 
 
 @pytest.mark.parametrize("store", STORES)

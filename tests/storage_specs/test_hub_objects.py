@@ -22,7 +22,7 @@ from storage_specs.errors import (
     StoreUnavailableError,
     StoreUnsupportedError,
 )
-from storage_specs.objects import open_objects
+from storage_specs.object_roots import open_objects
 from storage_specs.stored_object import StoredObject
 
 DATA = bytes(range(256)) * 40

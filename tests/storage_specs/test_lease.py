@@ -11,12 +11,12 @@ import pytest
 
 from storage_specs.errors import CacheInUseError
 from storage_specs.lease import lease
-from storage_specs.objects import open_objects
+from storage_specs.object_roots import open_objects
 
 HOLD = (
     "import sys, time\n"
     "from storage_specs.lease import lease\n"
-    "from storage_specs.objects import open_objects\n"
+    "from storage_specs.object_roots import open_objects\n"
     "with lease(open_objects(sys.argv[1]), shared=len(sys.argv) > 2):\n"
     "    print('held', flush=True)\n"
     "    time.sleep(600)\n"
@@ -75,7 +75,7 @@ import os, sys, time
 from pathlib import Path
 from storage_specs.disk_cache import _locked
 from storage_specs.lease import commit_turn, lease
-from storage_specs.objects import open_objects
+from storage_specs.object_roots import open_objects
 objects = open_objects(sys.argv[1])
 with lease(objects), commit_turn(objects), _locked(Path(sys.argv[1]) / "disk"):
     if not os.fork():

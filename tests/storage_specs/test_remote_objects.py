@@ -30,7 +30,7 @@ from storage_specs.errors import (
     StoreUnsupportedError,
 )
 from storage_specs.local_objects import LocalObjects
-from storage_specs.objects import open_objects
+from storage_specs.object_roots import open_objects
 from storage_specs.stored_object import StoredObject
 
 DATA = np.random.default_rng(0).bytes(100_000)

@@ -22,7 +22,7 @@ from storage_specs.errors import (
 )
 from storage_specs.finalization import finalize_cache
 from storage_specs.lease import lease
-from storage_specs.objects import open_objects
+from storage_specs.object_roots import open_objects
 
 
 @pytest.mark.parametrize("store", STORES)

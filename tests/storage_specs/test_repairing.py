@@ -11,7 +11,7 @@ from storage_specs import open_cache, verify_cache
 from storage_specs.diagnosis import diagnose
 from storage_specs.document import CachedDocument
 from storage_specs.errors import CorruptCacheError, IncompleteCacheError, MalformedObjectError, NotACacheError
-from storage_specs.objects import open_objects
+from storage_specs.object_roots import open_objects
 from storage_specs.plan import make_plan, plan_to_bytes
 from storage_specs.repairing import commit_revision, lost_documents, restore
 from storage_specs.settings import CacheSettings

@@ -20,12 +20,12 @@ from small_caches import some_documents, some_settings, write_cache
 from storage_specs import store_lease, verify_cache
 from storage_specs.errors import CacheInUseError
 from storage_specs.lease import lease
-from storage_specs.objects import open_objects
+from storage_specs.object_roots import open_objects
 
 HOLD = (
     "import sys, time\n"
     "from storage_specs.lease import lease\n"
-    "from storage_specs.objects import open_objects\n"
+    "from storage_specs.object_roots import open_objects\n"
     "with lease(open_objects(sys.argv[1])):\n"
     "    print('held', flush=True)\n"
     "    time.sleep(600)\n"

@@ -20,8 +20,9 @@ from storage_specs.column_rules import problem_of
 from storage_specs.columns import Columns, RowShape
 from storage_specs.document import CachedDocument
 from storage_specs.shard_bytes import EncodedObject, Parts, WholeObjects
+from storage_specs.shard_names import stem_of
 from storage_specs.stored_shard import Selection, ShardSize, StoredShard
-from storage_specs.stores import shard_store, stem_of
+from storage_specs.stores import shard_store
 
 SHAPE = RowShape(k=8, k_ids=4, vocab_size=300, profile="half")
 STEM = stem_of(7)

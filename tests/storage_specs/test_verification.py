@@ -19,9 +19,10 @@ from storage_specs.finalization import commit
 from storage_specs.local_objects import LocalObjects
 from storage_specs.plan import make_plan
 from storage_specs.sealed_json import seal
+from storage_specs.shard_names import stem_of
 from storage_specs.shard_record import described, read_record
 from storage_specs.stored_shard import StoredShard
-from storage_specs.stores import shard_store, stem_of
+from storage_specs.stores import shard_store
 
 FLIPS_PER_STORE = 300
 
