@@ -3,6 +3,8 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,49 @@ def test_rooms_import_only_what_they_may(room: str) -> None:
 def test_the_check_sees_lazy_imports(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("def f():\n    from torch.nn import Linear\n    import_module('vllm.x')\n")
     assert imported(tmp_path / "a.py") == {"torch", "vllm"}
+
+
+def run_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """Everything below a node but what only annotations need (`if TYPE_CHECKING:`)."""
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and getattr(child.test, "id", "") == "TYPE_CHECKING"):
+            yield child
+            yield from run_nodes(child)
+
+
+def import_graph(root: Path, rooms: tuple[str, ...]) -> dict[str, set[str]]:
+    """{module: the modules of these rooms that it imports, inside functions too}."""
+    files = {
+        ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): file
+        for room in rooms
+        for file in (root / room).rglob("*.py")
+    }
+    graph: dict[str, set[str]] = {name: set() for name in files}
+    for name, file in files.items():
+        for node in run_nodes(ast.parse(file.read_text(encoding="utf8"))):
+            if isinstance(node, ast.ImportFrom):
+                graph[name] |= {
+                    module
+                    for alias in node.names
+                    if (module := f"{node.module}.{alias.name}") in files or (module := str(node.module)) in files
+                }
+    return graph
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph = import_graph(ROOT, ROOMS)
+    assert "storage_specs.errors" in graph["cache_builder.engines.vllm"]
+    assert len(list(TopologicalSorter(graph).static_order())) == len(graph)
+
+
+def test_the_check_sees_circles(tmp_path: Path) -> None:
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / "a.py").write_text("from room.b import f\n")
+    (tmp_path / "room" / "b.py").write_text("if TYPE_CHECKING:\n    from room import a\n")
+    assert list(TopologicalSorter(import_graph(tmp_path, ("room",))).static_order()) == ["room.b", "room.a"]
+    (tmp_path / "room" / "b.py").write_text("def f():\n    from room import a\n")
+    with pytest.raises(CycleError, match="cycle"):
+        list(TopologicalSorter(import_graph(tmp_path, ("room",))).static_order())
 
 
 @pytest.mark.parametrize("command", [*SUMMARY, ""])
