@@ -223,13 +223,18 @@ class VllmEngine:
             raise failure(f"teacher {self.config.model}: vLLM failed", error, self.arguments) from error
 
     def start_capture(self) -> None:
-        """Hook the worker for `config`'s k and rank edges; `flat_reason` says why not, where that fails."""
+        """Hook the worker for `config`'s k and rank edges; `flat_reason` says why not, where they do not fit this vLLM.
+
+        Raises EngineError, DeviceMemoryError: a block of logits is computed, as for every batch.
+        """
         edges = None if self.config.rank_edges is None else list(self.config.rank_edges)
         try:
             keep_arrays()
             answers = self._llm.collective_rpc("capture_start", args=(self.config.k, edges, self.config.vocab_size))
         except (ImportError, AttributeError, TypeError) as error:
             answers = [f"this vLLM's client is laid out differently ({error})"]
+        except Exception as error:  # one block of logits is computed there
+            raise failure(f"teacher {self.config.model}: vLLM cannot start", error, self.arguments) from error
         self.flat_reason = next(filter(None, answers), None)
         if self.flat_reason is not None:
             self.stop_capture()

@@ -13,7 +13,7 @@ from vllm_windows import window_of
 from cache_builder.engines import make_engine
 from cache_builder.engines.base import EngineConfig
 from cache_builder.engines.generating import Prompt
-from cache_builder.engines.vllm import parse_flat
+from cache_builder.engines.vllm import VllmEngine, parse_flat
 from cache_builder.engines.vllm_failures import failure
 from cache_builder.engines.vllm_generate import VllmGenerator
 from cache_builder.engines.vllm_sampled import (
@@ -91,6 +91,20 @@ def test_memory_that_vllm_lacks_has_a_remedy(said: str, remedy: str) -> None:
     assert str(found).startswith("teacher m: vLLM cannot load it: out of memory (")
     assert f"the same command goes on: {remedy}" in str(found)
     assert "--max-num-batched-tokens" in str(found)
+
+
+def test_memory_that_the_first_block_lacks_is_known_before_a_document_is_scored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lacks_memory(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Call to collective_rpc method failed: CUDA out of memory. Tried to allocate 640.00 MiB.")
+
+    monkeypatch.setattr("cache_builder.engines.vllm.keep_arrays", lambda: None)
+    engine = VllmEngine.__new__(VllmEngine)
+    engine.config = EngineConfig(model="m", dtype="bfloat16", max_model_len=9, k=1, vocab_size=9)
+    engine.arguments, engine._llm = {}, types.SimpleNamespace(collective_rpc=lacks_memory)
+    with pytest.raises(DeviceMemoryError, match=r"teacher m: vLLM cannot start: out of memory.*lower --gpu-memory"):
+        engine.start_capture()
 
 
 def test_other_failures_of_vllm_are_told_as_they_are() -> None:
