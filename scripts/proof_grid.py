@@ -182,12 +182,12 @@ def _blocks() -> tuple[Block, ...]:
     ]
     blocks += [
         Block(**cut, arms=STRONGER_ARMS),
+        Block(**cut, arms=("mapped 3",), k_ids=64, tuned=False),
         Block(**many_epochs | {"arms": ("mapped alone",)}, longer=4),
         Block(**many_epochs | {"arms": ("mapped 3",)}, longer=4, k_ids=64, tuned=False),
         # Every kind of task before any is complete.
         *[Block(task=task, student=healed, arms=few_arms) for task in other_tasks],
         *[Block(**cut, arms=("mapped",), k_ids=k_ids, tuned=False) for k_ids in (64, 4, 32, 8)],
-        Block(**cut, arms=("mapped 3",), k_ids=64, tuned=False),
         Block(task="wikipedia", student=whole, arms=few_arms),
         *[Block(task=task, student=healed, arms=STRONGER_ARMS) for task in ("disfl_qa", "xsum")],
         Block(**many_epochs, longer=4),
