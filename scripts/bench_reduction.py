@@ -9,13 +9,13 @@ sort, with which the tail bins are compared. Hidden states and weights are Gauss
 """
 
 import argparse
-import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from result_table import ResultTable
 from torch.nn.functional import linear
 from triton.testing import do_bench
 
@@ -39,7 +39,7 @@ def main() -> None:
     ).bfloat16()
     wide_VD = head_VD.float()
     target_B = torch.randint(0, arguments.vocabulary, (BLOCK,), device="cuda")
-    rows: list[dict[str, Any]] = []
+    table, rows = ResultTable(arguments.output), list[dict[str, Any]]()
     measured = {
         "shape": f"{arguments.hidden} x {arguments.vocabulary}",
         "gpu": torch.cuda.get_device_name(),
@@ -55,6 +55,7 @@ def main() -> None:
         )
         rows.append(row | {"tied": "", "kl": "", "bin_error": ""} | more | measured)
         print(*rows[-1].values(), flush=True)
+        table.write(rows)
 
     heads = {
         "head, bfloat16 logits": lambda: hidden_BD @ head_VD.t(),
@@ -97,12 +98,7 @@ def main() -> None:
         add("vLLM: log_softmax, topk", k, lambda k=k: logits_BV.log_softmax(-1).topk(k))
     add("a full sort", 0, lambda: logits_BV[:128].sort(descending=True))
     rows[-1] |= {name: f"{8 * float(rows[-1][name]):.3f}" for name in ("ms", "ms_p10", "ms_p90")}  # 128 of 1,024 rows
-    is_new = not arguments.output.exists()
-    with arguments.output.open("a", newline="") as file:
-        table = csv.DictWriter(file, rows[0])
-        if is_new:
-            table.writeheader()
-        table.writerows(rows)
+    table.write(rows)
 
 
 if __name__ == "__main__":

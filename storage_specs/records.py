@@ -56,7 +56,7 @@ def read_records(corpus: str, split: str | None = None, subset: str | None = Non
 
 def _refuse(corpus: str, what: str, **choices: str | None) -> None:
     """Raises CorpusError where something is chosen."""
-    chosen = " and ".join(f"--{name}" for name, value in choices.items() if value is not None)
+    chosen = " and ".join(f"--{name}" for name, value in choices.items() if value)
     if chosen:
         raise CorpusError(f"corpus {corpus}: {what} has nothing for {chosen} to choose: leave it out")
 

@@ -1,7 +1,12 @@
 """Real models and text for every test that asks, made once under TEACH_ONCE_HOME (scripts/demo_assets.py)."""
 
-import json
 import os
+
+# Before anything reads it, for the tests of this folder and the processes that they start (vLLM chooses for its own):
+# bytes are compared between them, and a forward pass with another number of threads rounds otherwise.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import json
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,10 +23,6 @@ import demo_assets
 # The same examples in every run; scripts/nightly_spans.py looks for new ones.
 settings.register_profile("same", deadline=None, derandomize=True)
 settings.load_profile("same")
-
-# Of every test, and of the processes that it starts: bytes are compared between them, and a forward pass with another
-# number of threads rounds otherwise. The two workers of scripts/test.sh share two cores besides.
-os.environ["OMP_NUM_THREADS"] = "1"
 
 # Started in a shell's background a process ignores Ctrl-C, and so would all that the tests start and then interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

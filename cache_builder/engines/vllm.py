@@ -98,6 +98,7 @@ class VllmEngine:
         self.arguments["hf_overrides"] = {"head_dtype": "float32"} | overrides
         self.flat_reason = version_problem(self.version)
         self._llm: Any = None
+        self._captures = False
         self._requests = 0
 
     def describe(self) -> dict[str, Any]:
@@ -116,6 +117,8 @@ class VllmEngine:
 
     def score(self, windows: Iterable[Window]) -> Iterator[WindowScores]:
         self.load()
+        if self.flat_reason is None and not self._captures:
+            self.start_capture()
         if self.flat_reason is None:
             return self.stream(windows, captured_scores, self.parameters())
         if self.config.rank_edges is not None:
@@ -129,11 +132,7 @@ class VllmEngine:
     def score_flat(self, windows: Iterable[Window]) -> Iterator[WindowScores]:
         """`score` through vLLM's public `prompt_logprobs` alone: slower, without tail bins, independent of hooks."""
         self.stop_capture()
-        try:
-            yield from self.stream(windows, parse_flat, self.parameters())
-        finally:
-            if self._llm is not None and self.flat_reason is None:
-                self.start_capture()
+        yield from self.stream(windows, parse_flat, self.parameters())
 
     def close(self) -> None:
         """Stop vLLM's processes and free what they hold."""
@@ -212,7 +211,11 @@ class VllmEngine:
             except Exception as error:  # pydantic, CUDA, memory: all of them mean that the engine did not start
                 raise failure(f"teacher {self.config.model}: vLLM cannot load it", error, self.arguments) from error
             if self.flat_reason is None:
-                self.start_capture()
+                try:
+                    self.start_capture()
+                except Exception:
+                    self.close()
+                    raise
         return self._llm
 
     def ask(self, method: Callable[..., Any], *arguments: Any) -> Any:
@@ -225,7 +228,7 @@ class VllmEngine:
     def start_capture(self) -> None:
         """Hook the worker for `config`'s k and rank edges; `flat_reason` says why not, where they do not fit this vLLM.
 
-        Raises EngineError, DeviceMemoryError: a block of logits is computed, as for every batch.
+        Raises EngineError, DeviceMemoryError: a block of logits is computed, the largest that a step may need.
         """
         edges = None if self.config.rank_edges is None else list(self.config.rank_edges)
         try:
@@ -234,14 +237,16 @@ class VllmEngine:
         except (ImportError, AttributeError, TypeError) as error:
             answers = [f"this vLLM's client is laid out differently ({error})"]
         except Exception as error:  # one block of logits is computed there
-            raise failure(f"teacher {self.config.model}: vLLM cannot start", error, self.arguments) from error
+            raise failure(f"teacher {self.config.model}: vLLM cannot score", error, self.arguments) from error
         self.flat_reason = next(filter(None, answers), None)
-        if self.flat_reason is not None:
+        self._captures = self.flat_reason is None
+        if not self._captures:
             self.stop_capture()
 
     def stop_capture(self) -> None:
         """From here on prompt log-probabilities are vLLM's own."""
         self.load().collective_rpc("capture_stop")
+        self._captures = False
 
 
 def _defaults(config: EngineConfig) -> dict[str, Any]:

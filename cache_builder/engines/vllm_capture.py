@@ -142,20 +142,21 @@ class Capture:
         return block // 128 * 128 or block
 
     def warm_up(self, runner: Any) -> None:
-        """One whole block, before the first batch waits: compiles the kernels for the head's own dtype and strides, and
-        takes the memory that every later block takes."""
+        """The largest block of a step, before the first batch waits: compiles a GPU's kernels for the head's own dtype
+        and strides, and takes the memory that no later block exceeds."""
         config = runner.model_config
-        rows = self.block(runner.device.type)
+        rows = min(self.block(runner.device.type), runner.max_num_tokens)
         hidden_ND = torch.zeros(rows, config.get_hidden_size(), dtype=config.dtype, device=runner.device)
         with torch.inference_mode():
-            self.rows(runner.model.compute_logits, hidden_ND, hidden_ND.new_zeros(rows, dtype=torch.int64))
+            self.rows(runner.model.compute_logits, hidden_ND, hidden_ND.new_zeros(rows, dtype=torch.int32))
 
     def rows(
         self, logits_fn: Callable[[torch.Tensor], torch.Tensor], hidden_ND: torch.Tensor, target_N: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(values (N, W) float32, ids (N, K) int32) on the model's device; None on a rank that keeps no rows."""
         block = self.block(hidden_ND.device.type)
-        target_N = target_N.clamp(0, self.vocab_size - 1)  # behind the last token of a prompt lies no token
+        # Behind the last token of a prompt lies no token. int32 like sampled tokens: one kernel for both.
+        target_N = target_N.clamp(0, self.vocab_size - 1).int()
         parts = []
         for start in range(0, len(hidden_ND), block):
             logits_BV = logits_fn(hidden_ND[start : start + block])

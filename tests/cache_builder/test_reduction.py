@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,3 +82,21 @@ def test_blocks_of_logits_are_bounded_whatever_the_vocabulary(vocabulary: int, k
     assert block >= 128
     assert block * bytes_per_row(vocabulary, k, bins) <= BLOCK_BYTES["cuda"] <= 640 << 20
     assert Capture(k, edges, 2**31, keeps=True).block("cuda") == 1
+
+
+@pytest.mark.parametrize(("max_num_tokens", "most"), [(8192, 2557), (100, 100)])
+def test_the_largest_block_of_a_step_warms_up(max_num_tokens: int, most: int) -> None:
+    capture, head_VD, blocks = Capture(K, None, 5000, keeps=True), torch.randn(5000, 8), list[int]()
+    capture.block = lambda device: 2557 if device == "cpu" else 0
+
+    def compute_logits(hidden_ND: torch.Tensor) -> torch.Tensor:
+        blocks.append(len(hidden_ND))
+        return hidden_ND @ head_VD.T
+
+    runner = SimpleNamespace(
+        device=torch.device("cpu"), max_num_tokens=max_num_tokens, model=SimpleNamespace(compute_logits=compute_logits),
+        model_config=SimpleNamespace(dtype=torch.float32, get_hidden_size=lambda: 8),
+    )  # fmt: skip
+    capture.warm_up(runner)
+    capture.rows(compute_logits, torch.zeros(max_num_tokens, 8), torch.zeros(max_num_tokens, dtype=torch.int64))
+    assert blocks[0] == max(blocks) == most

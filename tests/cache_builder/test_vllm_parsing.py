@@ -93,18 +93,51 @@ def test_memory_that_vllm_lacks_has_a_remedy(said: str, remedy: str) -> None:
     assert "--max-num-batched-tokens" in str(found)
 
 
-def test_memory_that_the_first_block_lacks_is_known_before_a_document_is_scored(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def lacks_memory(*_: Any, **__: Any) -> None:
-        raise RuntimeError("Call to collective_rpc method failed: CUDA out of memory. Tried to allocate 640.00 MiB.")
+class Hooked(VllmEngine):
+    """Beside a worker that says what it is told to say of `capture_start`, or raises it; `told`: what it was asked."""
 
-    monkeypatch.setattr("cache_builder.engines.vllm.keep_arrays", lambda: None)
-    engine = VllmEngine.__new__(VllmEngine)
-    engine.config = EngineConfig(model="m", dtype="bfloat16", max_model_len=9, k=1, vocab_size=9)
-    engine.arguments, engine._llm = {}, types.SimpleNamespace(collective_rpc=lacks_memory)
-    with pytest.raises(DeviceMemoryError, match=r"teacher m: vLLM cannot start: out of memory.*lower --gpu-memory"):
-        engine.start_capture()
+    def __init__(self, answer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("cache_builder.engines.vllm.keep_arrays", lambda: None)
+        self.config = EngineConfig(model="m", dtype="bfloat16", max_model_len=9, k=1, vocab_size=9)
+        self.arguments, self.flat_reason, self.answer, self.told = {}, None, answer, list[str]()
+        self._captures, self._llm = False, types.SimpleNamespace(collective_rpc=self.collective_rpc)
+
+    def collective_rpc(self, name: str, args: Any = ()) -> list[Any]:
+        self.told.append(name)
+        if name == "capture_start" and isinstance(self.answer, Exception):
+            raise self.answer
+        return [self.answer]
+
+    def parameters(self, **changed: Any) -> None:
+        return None
+
+    def stream(self, *_: Any) -> Any:
+        raise RuntimeError("it died")
+        yield
+
+
+def test_memory_that_a_block_of_logits_lacks_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = RuntimeError("Call to collective_rpc method failed: CUDA out of memory. Tried to allocate 640.00 MiB.")
+    engine = Hooked(lacking, monkeypatch)
+    with pytest.raises(DeviceMemoryError, match=r"teacher m: vLLM cannot score: out of memory.*lower --gpu-memory"):
+        engine.score([])
+    engine.answer = None
+    with pytest.raises(RuntimeError, match="it died"):
+        next(engine.score([]))
+    assert engine.told == ["capture_start", "capture_start"]
+
+
+def test_a_route_that_fails_starts_no_other_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is raised is what happened; the hooks come back when rows are asked of them again."""
+    engine = Hooked(None, monkeypatch)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="it died"):
+            next(engine.score_flat([]))
+    assert engine.told == ["capture_stop", "capture_stop"]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="it died"):
+            next(engine.score([]))
+    assert engine.told == ["capture_stop", "capture_stop", "capture_start"]
 
 
 def test_other_failures_of_vllm_are_told_as_they_are() -> None:

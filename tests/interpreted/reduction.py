@@ -45,8 +45,8 @@ def test_rows_of_any_stride():
     check(normal(6, 3000, 3.0)[::2], 16)
 
 
-def test_every_kernel_is_compiled_once_whatever_the_number_of_rows(monkeypatch):
-    """Triton compiles a kernel anew where a pointer is a multiple of 16 bytes in one call and not in another."""
+def test_the_number_of_rows_compiles_no_kernel_anew(monkeypatch):
+    """Triton does so where a pointer is a multiple of 16 bytes in one call and not in another, or an integer is 1."""
     seen = {name: set() for name in vars(reduction_triton) if name.endswith("_kernel") and not name.startswith("_")}
 
     class Watched:
@@ -64,9 +64,11 @@ def test_every_kernel_is_compiled_once_whatever_the_number_of_rows(monkeypatch):
 
     for name in seen:
         monkeypatch.setattr(reduction_triton, name, Watched(name))
+    reduction_triton._on_device.cache_clear()
     for rows in range(1, 6):
         check(normal(rows, 1024, 3.0), 16)
     assert [len(calls) for calls in seen.values()] == [1, 1, 1, 1]
+    assert reduction_triton._on_device.cache_info().misses == 1
 
 
 @pytest.mark.parametrize("levels", [1, 2, 40])
